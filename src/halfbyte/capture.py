@@ -1,0 +1,237 @@
+"""A network and an example become a :class:`QModel`: ``torch.export``'s ATen graph with stable value names."""
+
+import logging
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from halfbyte.errors import CaptureError
+from halfbyte.graph import drop_dead, output_node
+from halfbyte.model import Inputs, LogEntry, QModel
+from halfbyte.ops import base_name
+from halfbyte.run import run
+from halfbyte.transforms.canonicalize import canonicalize
+
+_log = logging.getLogger("halfbyte")
+# A graph that computes the same thing in another order (a different kernel) differs by float rounding only.
+_TOLERANCE = 1e-4
+
+
+def capture(net: nn.Module | ExportedProgram, example: Tensor | Sequence[Tensor]) -> QModel:
+    """Capture a network as a graph of ATen operations.
+
+    net: any module that ``torch.export`` takes, or an exported program. example: one tensor for each input; the first dimension
+    is the batch, and stays free where the network allows it (an example of batch 1 is doubled for that, because torch would
+    make a constant of it). The module is captured in eval mode and left as it was found. Raises :class:`CaptureError`.
+    """
+    inputs = _as_inputs(example)
+    if isinstance(net, ExportedProgram):
+        program, reference = net, net.module()
+    else:
+        _check_finite(net)
+        program, reference = _export(net, inputs), net
+    m = _from_program(_functional(program))
+    m = canonicalize(m)
+    _check_same(m, reference, inputs)
+    return m
+
+
+def _as_inputs(example: Tensor | Sequence[Tensor]) -> Inputs:
+    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
+    if not inputs or not all(isinstance(t, Tensor) for t in inputs):
+        raise CaptureError("the example must be a tensor or a sequence of tensors, one for each input of the network")
+    return inputs
+
+
+def _check_finite(net: nn.Module) -> None:
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CaptureError(f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged")
+
+
+@contextmanager
+def _eval_mode(net: nn.Module) -> Any:
+    """Eval mode inside, each module's own mode again outside."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """A batch of 1 twice, so that torch does not make the batch size a constant."""
+    if all(t.ndim > 0 and t.shape[0] == 1 for t in inputs):
+        return tuple(torch.cat([t, t]) for t in inputs)
+    return inputs
+
+
+def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+    sizes = {t.shape[0] for t in inputs if t.ndim}
+    with _eval_mode(net), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if len(sizes) == 1 and all(t.ndim for t in inputs):
+            batch = Dim("batch", min=1)
+            try:
+                return export(net, doubled(inputs), dynamic_shapes=_all_dynamic(net, inputs, batch))
+            except Exception as error:
+                _log.debug("capture with a free batch size failed: %s", error)
+        try:
+            return export(net, inputs)
+        except Exception as error:
+            raise CaptureError(f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}") from error
+
+
+def _all_dynamic(net: nn.Module, inputs: Inputs, batch: Any) -> Any:
+    return tuple({0: batch} for _ in inputs)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Turn in-place operations into ones that return new tensors; nothing else is decomposed."""
+    targets = (n.target for n in program.graph.nodes if n.op == "call_function")
+    if any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return program.run_decompositions({})
+    return program
+
+
+def _from_program(program: ExportedProgram) -> QModel:
+    signature = program.graph_signature
+    mutated = [s.target for s in signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
+    if mutated:
+        raise CaptureError(f"the network changes its buffer '{mutated[0]}' while it runs: call net.eval() or remove the state")
+    tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
+    graph, params = fx.Graph(), {}
+    specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        spec = specs.get(node.name) if node.op == "placeholder" else None
+        if node.op == "output":
+            continue
+        if spec is not None and spec.kind is not InputKind.USER_INPUT:
+            target = str(spec.target)
+            copied[node] = graph.create_node("get_attr", target)
+            params[target] = tensors[target].detach()
+        elif node.op == "get_attr":
+            raise CaptureError(f"the network contains a sub-graph ({node.target}), as of control flow: it cannot be quantized")
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    user_outputs = [s.arg for s in signature.output_specs]
+    fixed = [a for a in user_outputs if not hasattr(a, "name") or type(a).__name__ != "TensorArgument"]
+    if fixed:
+        raise CaptureError("the network returns something that is not a tensor: return tensors only")
+    by_name = {n.name: n for n in copied}
+    graph.output(tuple(copied[by_name[a.name]] for a in user_outputs))
+    _name_values(graph, {new: old for old, new in copied.items()})
+    drop_dead(graph)
+    dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
+    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    m = QModel(graph, {k: v for k, v in params.items() if k in used}, _output_names(program, len(user_outputs)), dynamic=dynamic)
+    return m.logged(*_capture_log(graph, dynamic))
+
+
+def _capture_log(graph: fx.Graph, dynamic: bool) -> list[LogEntry]:
+    log = [] if dynamic else [LogEntry("capture", None, "the network fixes its batch size; captured static")]
+    modal = [n.meta["value"] for n in graph.nodes if base_name(n) in ("dropout", "batch_norm", "instance_norm") and "value" in n.meta]
+    if modal:
+        log.append(LogEntry("capture", None, f"{len(modal)} operations depend on train/eval mode; captured in eval mode"))
+    return log
+
+
+def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
+    """Names from the structure the network returns: dictionary keys and positions; 'output' for a single tensor."""
+    names = [f"output_{i}" if count > 1 else "output" for i in range(count)]
+    spec = program.call_spec.out_spec
+    if spec is not None and spec.num_leaves == count and count > 1:
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
+        keyed = ["_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths]
+        if len(set(keyed)) == count and not any(k.isdigit() or not k for k in keyed):
+            names = keyed
+    return tuple(names)
+
+
+def _shape(value: Tensor, batch: Mapping[str, str]) -> tuple[int | str, ...]:
+    return tuple(d if isinstance(d, int) else batch.get(str(d), str(d)) for d in value.shape)
+
+
+def _name_values(graph: fx.Graph, source: Mapping[fx.Node, fx.Node]) -> None:
+    """Give each tensor its stable name, shape and type, and drop everything else that the exporter attached."""
+    symbols: dict[str, str] = {}
+    for node in graph.nodes:
+        value = source[node].meta.get("val") if node in source else None
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim and not isinstance(value.shape[0], int):
+            symbols.setdefault(str(value.shape[0]), "batch")
+    modules = {node: _module_of(source[node]) if node in source else "" for node in graph.nodes}
+    alone = Counter(modules[n] for n in graph.nodes if n.op == "call_function" and _is_value(source[n].meta.get("val")))
+    taken: Counter[str] = Counter()
+    for node in graph.nodes:
+        value = source[node].meta.get("val") if node in source else None
+        node.meta = {}
+        if not _is_value(value):
+            continue
+        name = _name(node, modules[node], alone[modules[node]] == 1)
+        taken[name] += 1
+        node.meta["value"] = name if taken[name] == 1 else f"{name}.{taken[name] - 1}"
+        if isinstance(value, Tensor):
+            node.meta |= {"shape": _shape(value, symbols), "dtype": str(value.dtype).removeprefix("torch.")}
+        else:
+            node.meta["list"] = len(value)
+    output_node(graph).meta = {}
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Tensor))
+
+
+def _module_of(node: fx.Node) -> str:
+    """``path`` or ``path@call`` of the module whose forward made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if node.op != "call_function" or not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
+    call = key.rsplit("@", 1)[1] if "@" in key and "@" not in path else ""
+    return f"{path}@{call}" if call else str(path)
+
+
+def _name(node: fx.Node, module: str, alone: bool) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return str(node.target)
+    operation = base_name(node) if node.target is not operator.getitem else "item"
+    if alone and module:
+        return module
+    return f"{module}:{operation}" if module else operation
+
+
+@torch.inference_mode()
+def _check_same(m: QModel, reference: nn.Module, inputs: Inputs) -> None:
+    """The captured graph must compute what the network computes; otherwise everything after it is about another network."""
+    with _eval_mode(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
+        expected = pytree.tree_leaves(reference(*inputs))
+    got = run(m, inputs)
+    for name, a, b in zip(m.outputs, expected, got, strict=True):
+        if a.is_floating_point():
+            error = (a - b).abs().max() / a.abs().max().clamp(min=1e-6)
+            if not error <= _TOLERANCE:
+                raise CaptureError(
+                    f"the captured graph differs from the network at output '{name}' by {float(error):.2g} of its largest value: "
+                    "does the network use random numbers, or state outside its parameters?"
+                )

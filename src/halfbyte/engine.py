@@ -1,0 +1,134 @@
+"""ONNX Runtime on this machine: sessions, the graph it really runs, and whether its 8-bit products are exact."""
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from halfbyte.errors import HalfbyteError
+
+PROVIDER = "CPUExecutionProvider"
+# Operations that do arithmetic on codes, as ONNX Runtime names them after fusion.
+INTEGER_KERNELS = (
+    "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger QLinearAdd QLinearMul QLinearConcat "
+    "QLinearAveragePool QLinearGlobalAveragePool QLinearSigmoid QLinearLeakyRelu QLinearSoftmax QLinearWhere DynamicQuantizeMatMul"
+).split()
+# Operations that compute; everything else moves data, converts it or works on sizes.
+_MOVES = set(
+    "Cast Clip Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather Identity MaxPool Max Min Pad QuantizeLinear "
+    "Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose Unsqueeze DepthToSpace SpaceToDepth".split()
+)
+
+
+def session(model: str | Path | bytes, *, threads: int | None = None, optimized: Path | None = None) -> ort.InferenceSession:
+    """A CPU session with all of the engine's optimizations. optimized: where to write the graph that it runs."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=[PROVIDER])
+    except Exception as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
+
+
+def infer(s: ort.InferenceSession, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -> list[np.ndarray[Any, Any]]:
+    """Run a session on one array or tensor for each input."""
+    arrays = [t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t) for t in inputs]
+    feed = {i.name: a for i, a in zip(s.get_inputs(), arrays, strict=True)}
+    return list(s.run(list(outputs) if outputs is not None else None, feed))
+
+
+def optimized_graph(model: str | Path | bytes) -> onnx.ModelProto:
+    """The graph after all of the engine's optimizations: what really runs."""
+    with _scratch() as folder:
+        session(model, optimized=folder / "optimized.onnx")
+        return onnx.load(str(folder / "optimized.onnx"), load_external_data=False)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def kernels(graph: onnx.ModelProto) -> tuple[Mapping[str, int], list[tuple[str, str]]]:
+    """Integer kernels by count, and (operation, node name) of what computes in float."""
+    integer: dict[str, int] = {}
+    floats: list[tuple[str, str]] = []
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)}
+    for node in graph.graph.node:
+        if node.op_type in INTEGER_KERNELS:
+            integer[node.op_type] = integer.get(node.op_type, 0) + 1
+        elif node.op_type not in _MOVES and types.get(node.output[0]) in (None, TensorProto.FLOAT, TensorProto.FLOAT16):
+            floats.append((node.op_type, node.name))
+    return integer, floats
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this CPU's kernels add pairs of uint8 x int8 products in 16 bits, saturating (AVX2 and AVX-512 without VNNI)."""
+    k = 64
+    weight = numpy_helper.from_array(np.full((k, 16), 127, np.int8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [16, k])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [16, 16])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    product = infer(session(model.SerializeToString()), [np.full((16, k), 255, np.uint8)])[0]
+    return bool((product != 255 * 127 * k).any())
+
+
+@functools.cache
+def fuses_additions() -> bool:
+    """Whether the kernel of QLinearAdd rounds once for each multiply-add (FMA instructions) instead of twice.
+
+    Found by asking: all pairs of codes at scales where the two ways of rounding meet ties of the output.
+    """
+    scales = {"a": 0.0625, "b": 0.02, "y": 0.08}
+    names = [("a", "as", "az"), ("b", "bs", "bz")]
+    constants = [numpy_helper.from_array(np.float32(v), f"{k}s") for k, v in scales.items()]
+    zeros = {"a": 0, "b": 117, "y": 0}
+    constants += [numpy_helper.from_array(np.uint8(v), f"{k}z") for k, v in zeros.items()]
+    a, b = (v.reshape(-1).astype(np.uint8) for v in np.meshgrid(np.arange(256), np.arange(256)))
+    nodes = [helper.make_node("DequantizeLinear", list(n), [n[0] + "r"]) for n in names]
+    nodes += [helper.make_node("Add", ["ar", "br"], ["yr"]), helper.make_node("QuantizeLinear", ["yr", "ys", "yz"], ["y"])]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.UINT8, [a.size]) for n in ("a", "b")]
+    graph = helper.make_graph(nodes, "probe", inputs, [helper.make_tensor_value_info("y", TensorProto.UINT8, [a.size])], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    got = infer(session(model.SerializeToString()), [a, b])[0].astype(np.int64)
+    wrong = []
+    for fused in (True, False):
+        codes = [torch.from_numpy(v.astype(np.float32)) for v in (a, b)]
+        ratio = [torch.tensor(scales[k], dtype=torch.float32) / torch.tensor(scales["y"], dtype=torch.float32) for k in "ab"]
+        shift = -(ratio[0] * zeros["a"] + ratio[1] * zeros["b"])
+        sums = multiply_add(codes[0], ratio[0], multiply_add(codes[1], ratio[1], shift, fused), fused)
+        wrong.append(int((torch.round(sums).clamp(0, 255).numpy().astype(np.int64) != got).sum()))
+    return wrong[0] <= wrong[1]
+
+
+def multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, fused: bool) -> torch.Tensor:
+    """``a * b + c`` in float32, rounded once (fused) or twice. A product of two float32 numbers is exact in float64."""
+    return (a.double() * b.double() + c.double()).float() if fused else a * b + c
+
+
+def instruction_set() -> str:
+    """The vector instructions in use, and whether 8-bit products are exact with them."""
+    exact = "int8 products saturate in pairs" if saturates() else "exact int8 products"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {exact}"

@@ -1,0 +1,64 @@
+"""Everything Halfbyte raises on purpose.
+
+The tree, with the exit status of the command line::
+
+    HalfbyteError
+    |-- UsageError          2   an option or argument that makes no sense
+    |   |-- CaptureError    2   the network cannot be captured
+    |   |-- DataError       2   calibration or evaluation data that cannot be used
+    |   |-- FormatError     2   a number format that does not exist
+    |   `-- PlacementError  2   nothing to quantize, or a plan the target cannot run
+    |-- StoreError          2   a checkpoint or output folder that cannot be read or written
+    |-- VerifyError         1   an invariant between two stages is broken (a defect of Halfbyte)
+    `-- ParityError         4   the exported file does not compute what the simulation computes
+
+A message names what was wrong, where (value, layer, file) and what to do about it, in one sentence or two.
+"""
+
+
+class HalfbyteError(Exception):
+    """Base of every deliberate error; ``exit_code`` is the status of the command line."""
+
+    exit_code: int = 1
+
+
+class UsageError(HalfbyteError):
+    """An option or argument that makes no sense."""
+
+    exit_code = 2
+
+
+class CaptureError(UsageError):
+    """The network cannot be captured as a graph."""
+
+
+class DataError(UsageError):
+    """Calibration or evaluation data that cannot be used."""
+
+
+class FormatError(UsageError):
+    """A number format that does not exist."""
+
+
+class PlacementError(UsageError):
+    """The plan would quantize nothing, or the target cannot run it."""
+
+
+class StoreError(HalfbyteError):
+    """A checkpoint or output folder that cannot be read or written."""
+
+    exit_code = 2
+
+
+class VerifyError(HalfbyteError):
+    """An invariant between two stages does not hold; a defect of Halfbyte or of a method built on it."""
+
+
+class ParityError(HalfbyteError):
+    """The exported file computes something else than the simulation; carries the first differing value."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, value: str | None = None) -> None:
+        super().__init__(message)
+        self.value = value

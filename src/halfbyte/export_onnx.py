@@ -1,0 +1,276 @@
+"""One ONNX file, in the QDQ form that every engine reads, reloaded and proven before the call returns."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+from torch import Tensor, fx
+
+from halfbyte.errors import HalfbyteError, ParityError, StoreError
+from halfbyte.graph import editable
+from halfbyte.lower import lower
+from halfbyte.model import Inputs, QModel
+from halfbyte.ops import CLIP_CODES, CONV, CONV_TRANSPOSE, DEQUANTIZE, GLOBAL_AVERAGE_POOL, LOWERED_LINEAR, QUANTIZE
+from halfbyte.parity import Parity, codes_name, compare
+
+OPSET = 21
+_VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
+Container = Literal["packed", "int8"]
+
+
+def export_onnx(
+    m: QModel,
+    path: str | Path,
+    *,
+    samples: Inputs | None = None,
+    metadata: Mapping[str, str] | None = None,
+    container: Container = "packed",
+) -> Parity:
+    """Write a calibrated model as ONNX and prove that ONNX Runtime computes from it what the simulation computes.
+
+    path: the file. samples: inputs for the proof (default: those kept by ``calibrate``). metadata: further entries under
+    ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it. Raises
+    :class:`ParityError` if a value differs; the file then stays beside as ``<name>.unproven.onnx``.
+    """
+    path = Path(path)
+    low = lower(m)
+    model = to_onnx(low, metadata=metadata, container=container)
+    unproven = path.with_name(path.stem + ".unproven.onnx")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ir.save(model, str(unproven))
+    except OSError as error:
+        unproven.unlink(missing_ok=True)
+        raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+    proof = samples if samples is not None else m.samples
+    parity = compare(low, unproven, proof or example_inputs(m))
+    if not parity.proven:
+        raise ParityError(_explain(parity, unproven), value=parity.first_difference.value if parity.first_difference else None)
+    os.replace(unproven, path)
+    return parity
+
+
+def _explain(parity: Parity, unproven: Path) -> str:
+    from halfbyte.engine import saturates
+
+    why = ""
+    if saturates():
+        why = "; this CPU saturates pairs of 8-bit products: use the target variant that ends in -avx2"
+    return f"the exported file is not proven: {parity.first_difference}{why}; it was left as '{unproven}'"
+
+
+def example_inputs(m: QModel, batch: int = 2) -> Inputs:
+    """Inputs of the right shape and type, seeded noise: only for tracing, or where no data was ever given."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for node in m.inputs:
+        shape = [d if isinstance(d, int) else batch for d in node.meta["shape"]]
+        dtype = getattr(torch, node.meta["dtype"])
+        made.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))
+    return tuple(made)
+
+
+def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container: Container = "packed") -> ir.Model:
+    """Translate a lowered model; names are the values' own, and nothing of the machine it was made on is in the file."""
+    module, original = _module(low)
+    inputs = example_inputs(low)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({i: batch if d == "batch" else torch.export.Dim.AUTO for i, d in enumerate(n.meta["shape"]) if isinstance(d, str)} for n in low.inputs)
+    try:
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                input_names=[str(n.target) for n in low.inputs],
+                output_names=list(low.outputs),
+                dynamic_shapes=shapes if low.dynamic else None,
+                custom_translation_table=_TRANSLATIONS,
+            )
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise HalfbyteError(f"ONNX export failed: {lines[-1] if lines else type(error).__name__}") from error
+    assert program is not None  # noqa: S101 - dynamo=True returns a program
+    model = program.model
+    _fold_sizes(model)
+    _restore_names(model, original)
+    if container == "packed":
+        _pack(model)
+    _strip(model, metadata or {})
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter writes to stdout and warns about packages that are not needed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _module(low: QModel) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The graph as a module with flat buffer names, and these names' originals."""
+    graph = editable(low.graph)
+    flat: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            flat.setdefault(str(node.target), f"p{len(flat)}")
+            node.target = flat[str(node.target)]
+    root = torch.nn.Module()
+    for name, short in flat.items():
+        root.register_buffer(short, low.params[name].cpu())
+    return fx.GraphModule(root, graph), {short: name for name, short in flat.items()}
+
+
+def _quantize(x: Any, scale: Any, zero: Any, axis: int, name: str) -> Any:
+    y = op.QuantizeLinear(x, scale, zero, axis=axis) if axis >= 0 else op.QuantizeLinear(x, scale, zero)
+    y.producer().metadata_props[_VALUE] = codes_name(name)
+    return y
+
+
+def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: int, name: str) -> Any:
+    if bits <= 4 and codes.producer() is None:  # a stored weight: the cast is folded when the file is loaded
+        codes = op.Cast(codes, to=ir.DataType.INT8)
+        codes.producer().metadata_props[_BITS] = str(bits)
+    y = op.DequantizeLinear(codes, scale, zero, axis=axis) if axis >= 0 else op.DequantizeLinear(codes, scale, zero)
+    y.producer().metadata_props[_VALUE] = name
+    return y
+
+
+def _clip_codes(codes: Any, lo: Any, hi: Any, axis: int) -> Any:
+    return op.Clip(codes, lo, hi)
+
+
+def _conv(x: Any, weight: Any, bias: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
+    tail = () if bias is None else (bias,)
+    return op.Conv(x, weight, *tail, strides=list(stride), pads=list(pads), dilations=list(dilation), group=groups)
+
+
+def _conv_transpose(
+    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, output_padding: Any, groups: int, dilation: Any
+) -> Any:
+    tail = () if bias is None else (bias,)
+    return op.ConvTranspose(
+        x,
+        weight,
+        *tail,
+        strides=list(stride),
+        pads=[*padding, *padding],
+        output_padding=list(output_padding),
+        dilations=list(dilation),
+        group=groups,
+    )
+
+
+def _linear(x: Any, weight: Any, bias: Any) -> Any:
+    if x.shape is not None and len(x.shape) == 2:
+        return op.Gemm(x, weight, *(() if bias is None else (bias,)))
+    y = op.MatMul(x, weight)
+    return y if bias is None else op.Add(y, bias)
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    CLIP_CODES: _clip_codes,
+    CONV: _conv,
+    CONV_TRANSPOSE: _conv_transpose,
+    LOWERED_LINEAR: _linear,
+    GLOBAL_AVERAGE_POOL: lambda x: op.GlobalAveragePool(x),
+}
+
+
+def _fold_sizes(model: ir.Model) -> None:
+    """Fold arithmetic on constant sizes; integer weights and their scales stay as they are."""
+    from onnxscript import optimizer
+
+    kept = ("DequantizeLinear", "QuantizeLinear", "Cast", "Clip", "Transpose")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type in kept else None)
+        optimizer.remove_unused_nodes(model)
+
+
+def _restore_names(model: ir.Model, original: Mapping[str, str]) -> None:
+    """Initializers get their parameters' names back, codes the names of their values."""
+    graph = model.graph
+    for short, name in original.items():
+        if short in graph.initializers:
+            value = graph.initializers.pop(short)
+            value.name = name
+            graph.initializers[name] = value
+    taken = {v.name for v in (*graph.inputs, *graph.outputs)}
+    for node in graph:
+        name = node.metadata_props.get(_VALUE)
+        if name is not None:
+            node.name = name
+            if node.op_type == "QuantizeLinear" and name not in taken:
+                _name_codes(node, name)
+
+
+def _name_codes(node: ir.Node, name: str) -> None:
+    output = node.outputs[0]
+    unclipped = ":unclipped:codes"
+    output.name = name
+    if name.endswith(unclipped):
+        for user, _ in output.uses():
+            if user.op_type == "Clip":
+                user.outputs[0].name = name.removesuffix(unclipped) + ":codes"
+                user.name = user.outputs[0].name
+
+
+def _pack(model: ir.Model) -> None:
+    """Weights of 4 and fewer bits become INT4 tensors; the cast behind them is folded when the file is loaded."""
+    for node in model.graph:
+        if _BITS in node.metadata_props and node.op_type == "Cast":
+            value = node.inputs[0]
+            assert value is not None and value.const_value is not None  # noqa: S101,PT018 - a stored weight
+            codes = value.const_value.numpy()
+            packed = ir.Tensor(codes.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=value.name)
+            value.const_value, value.dtype = packed, ir.DataType.INT4
+
+
+def _strip(model: ir.Model, metadata: Mapping[str, str]) -> None:
+    """Take out what the exporter wrote about source lines and modules, and name the producer."""
+    model.producer_name, model.producer_version, model.doc_string = "halfbyte", "", None
+    model.graph.name, model.graph.doc_string = "network", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    names: dict[str, int] = {}
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        base = node.name or node.op_type
+        names[base] = names.get(base, 0) + 1
+        node.name = base if names[base] == 1 else f"{base}.{names[base] - 1}"
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for key, text in metadata.items():
+        model.metadata_props[f"halfbyte.{key}"] = text
+
+
+def stored_bytes(array: np.ndarray[Any, Any], bits: int) -> int:
+    """Bytes of a weight's codes in the file."""
+    return (array.size + 1) // 2 if bits <= 4 else array.nbytes
+
+

@@ -1,0 +1,75 @@
+"""Number formats: which integers stand for a tensor's values.
+
+A :class:`Format` says how many bits there are and how they are used; it says nothing about scales. Source of the family:
+arXiv 2106.08295, sections 2.2 to 2.4 (affine, symmetric signed and unsigned, power of two; per tensor, channel, group).
+"""
+
+import re
+from dataclasses import dataclass
+
+from halfbyte.errors import FormatError
+
+SMALLEST_BITS, LARGEST_BITS = 2, 16
+
+
+@dataclass(frozen=True)
+class Format:
+    """How integer codes represent a tensor.
+
+    bits: width, 2 to 16. signed: codes are centred on zero (two's complement) instead of starting at zero.
+    symmetric: the zero-point is fixed (0 if signed, 0 if unsigned); otherwise it is chosen with the scale.
+    axis: the dimension with one scale for each index, None for one scale for the tensor. group: with ``axis``, each index
+    is cut along the remaining dimensions, flattened, into runs of this many values with a scale each.
+    power_of_two: scales are 2 to an integer. narrow: the most negative code of a signed format is left out.
+    """
+
+    bits: int
+    signed: bool = False
+    symmetric: bool = False
+    axis: int | None = None
+    group: int | None = None
+    power_of_two: bool = False
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_BITS <= self.bits <= LARGEST_BITS:
+            raise FormatError(f"{self.bits} bits are not supported: choose a width from {SMALLEST_BITS} to {LARGEST_BITS}")
+        if self.group is not None and (self.axis != 0 or self.group < 1):
+            raise FormatError("a group size needs axis=0 and must be at least 1")
+
+    @property
+    def lo(self) -> int:
+        """Smallest code."""
+        return (-(2 ** (self.bits - 1)) + int(self.narrow)) if self.signed else 0
+
+    @property
+    def hi(self) -> int:
+        """Largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def granularity(self) -> str:
+        """``per tensor``, ``per channel`` or ``per group of N``."""
+        if self.axis is None:
+            return "per tensor"
+        return "per channel" if self.group is None else f"per group of {self.group}"
+
+    def __str__(self) -> str:
+        kind = ("symmetric" if self.symmetric else "asymmetric") + (" power-of-two" if self.power_of_two else "")
+        return f"{'int' if self.signed else 'uint'}{self.bits} {kind} {self.granularity}"
+
+
+def container_bits(bits: int) -> int:
+    """Width of the integer type that holds codes of ``bits`` bits in the simulation and between operations: 8 or 16."""
+    return 8 if bits <= 8 else 16
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """``"W4A8"`` -> (4, 8): weight and activation width. Raises :class:`FormatError`."""
+    match = re.fullmatch(r"[Ww](\d+)[Aa](\d+)", text.strip())
+    if not match:
+        raise FormatError(f"'{text}' is not a pair of widths: write it as W8A8 (weights 8 bits, activations 8 bits)")
+    weight, activation = int(match[1]), int(match[2])
+    for bits in (weight, activation):
+        Format(bits)
+    return weight, activation

@@ -1,0 +1,140 @@
+"""Queries and edits on the graph. Edits work on a copy: take it with :func:`editable`, change it, put it in a new model."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import fx
+
+from halfbyte.model import QModel, value_name
+from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, Kind, is_tensor, kind
+
+LAYERS = (CONV, CONV_TRANSPOSE, LINEAR)
+
+
+def editable(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes carry copies of the metadata."""
+    new = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, copied)
+    output = new.output(result)
+    output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
+    return new
+
+
+def by_value(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Nodes by value name; tensors and lists of tensors, without sizes."""
+    return {value_name(n): n for n in graph.nodes if "value" in n.meta}
+
+
+def tensors(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Nodes whose value is one tensor, in graph order."""
+    return (n for n in graph.nodes if n.op != "output" and is_tensor(n))
+
+
+def is_real(node: fx.Node) -> bool:
+    """A tensor of floating-point numbers."""
+    return is_tensor(node) and str(node.meta["dtype"]).startswith(("float", "bfloat"))
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The node that lists the network's outputs."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def output_values(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that are the network's outputs, in order."""
+    return list(output_node(graph).args[0])  # type: ignore[arg-type]
+
+
+def is_output(node: fx.Node) -> bool:
+    """Whether the value is one of the network's outputs."""
+    return any(u.op == "output" for u in node.users)
+
+
+def layers(graph: fx.Graph) -> list[fx.Node]:
+    """Convolutions and linear layers whose weight is a parameter, in graph order."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.target in LAYERS and weight_of(n) is not None]
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The parameter node that a layer uses as weight; None if it is computed."""
+    weight = node.args[1]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The parameter node that a layer uses as bias."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+
+
+def has_computed_bias(node: fx.Node) -> bool:
+    """A bias that is an activation cannot become an integer constant."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return isinstance(bias, fx.Node) and bias.op != "get_attr"
+
+
+def channel_axis(node: fx.Node) -> int:
+    """Which dimension of a layer's weight is the output channel."""
+    return 1 if node.target is CONV_TRANSPOSE and node.args[6] == 1 else 0
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """All tensor (and tensor-list) arguments in order, those inside lists too."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n))
+    return [n for n in found if is_tensor(n) or "list" in n.meta]
+
+
+def activation_inputs(node: fx.Node) -> list[fx.Node]:
+    """Tensor inputs that are not the parameters of a layer."""
+    if node.target in LAYERS:
+        return [n for n in tensor_inputs(node)[:1] if n.op != "get_attr"]
+    return tensor_inputs(node)
+
+
+def parameter(graph: fx.Graph, name: str, like: fx.Node, shape: Iterable[int]) -> fx.Node:
+    """A node for a parameter of this name, made before ``like`` if there is none yet."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            return node
+    with graph.inserting_before(like):
+        node = graph.create_node("get_attr", name)
+    node.meta = {"value": name, "shape": tuple(shape), "dtype": "float32"}
+    return node
+
+
+def replace_uses(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of ``old`` use ``new`` instead."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new, propagate_meta=False)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove nodes that nothing uses (inputs stay: the network's signature is theirs)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def used_parameters(m: QModel) -> set[str]:
+    """Names of the parameters that the graph refers to."""
+    return {str(n.target) for n in m.graph.nodes if n.op == "get_attr"}
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one layer or matrix product for one sample (a free batch dimension counts as 1)."""
+
+    def size(shape: Any) -> int:
+        total = 1
+        for d in shape:
+            total *= d if isinstance(d, int) else 1
+        return total
+
+    what = kind(node)
+    if what is Kind.CONV:
+        return size(node.meta["shape"][1:]) * size(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
+    if what is Kind.CONV_TRANSPOSE:
+        return size(node.args[0].meta["shape"][1:]) * size(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
+    if what in (Kind.LINEAR, Kind.MATMUL):
+        return size(node.meta["shape"][1:]) * int(node.args[0].meta["shape"][-1])  # type: ignore[union-attr]
+    return 0

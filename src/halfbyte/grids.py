@@ -1,0 +1,249 @@
+"""Statistics and a format -> a grid: minimum and maximum, percentile, least squared error (arXiv 2106.08295, section 3.1)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from halfbyte.affine import Grid, fake_quantize, power_of_two
+from halfbyte.formats import Format
+from halfbyte.stats import Histogram
+
+_SMALLEST = 1e-8  # a scale relative to float32: below it codes would be noise
+_CANDIDATES = 40  # thresholds tried between none and all of the range, then refined around the best
+_SEARCHED_BITS = 10  # a histogram of 2048 bins can tell apart grids of this width, not finer ones
+
+
+class GridRule(Protocol):
+    """How to choose a grid: for a running value from its histogram, for a parameter from its values."""
+
+    name: str
+
+    def activation(self, h: Histogram, form: Format) -> Grid:
+        """Grid of a running value."""
+
+    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+        """Grid of a parameter. pairs: hold codes so small that two products of neighbours cannot saturate 16 bits."""
+
+
+def from_range(lo: float, hi: float, form: Format, device: torch.device | str = "cpu") -> Grid:
+    """The grid that covers [lo, hi], widened to contain zero, which it represents exactly."""
+    as_int = lambda v: torch.tensor(v, dtype=torch.int32, device=device)  # noqa: E731
+    if lo == hi != 0.0 and not form.power_of_two:  # a constant: one step away from zero, exactly
+        zero = form.lo if lo > 0 else form.hi
+        zero = 0 if form.symmetric else zero
+        step = torch.tensor(abs(lo), dtype=torch.float32, device=device)
+        return Grid(step, as_int(zero), as_int(form.lo), as_int(form.hi))
+    lo, hi = min(lo, 0.0), max(hi, 0.0)
+    if form.symmetric:
+        bound = max(hi, -lo)
+        scale = max(hi / form.hi, lo / form.lo) if form.signed and not form.narrow and form.lo else bound / form.hi
+        zero = 0
+    else:
+        scale = (hi - lo) / (form.hi - form.lo)
+    dead = scale < _SMALLEST and max(hi, -lo) == 0.0
+    step = torch.tensor(1.0 if dead else max(scale, torch.finfo(torch.float32).tiny * 2**24), dtype=torch.float32, device=device)
+    if form.power_of_two:
+        step = power_of_two(step)
+    if not form.symmetric:
+        zero = min(max(form.lo - round(lo / float(step)), form.lo), form.hi)
+    return Grid(step, as_int(zero), as_int(form.lo), as_int(form.hi))
+
+
+def rows(w: Tensor, form: Format) -> Tensor:
+    """A parameter as [scales, values for each scale] (a short last group is padded with zeros)."""
+    if form.axis is None:
+        return w.reshape(1, -1)
+    flat = w.movedim(form.axis, 0).reshape(w.shape[form.axis], -1)
+    if form.group is None:
+        return flat
+    flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % form.group))
+    return flat.reshape(-1, form.group)
+
+
+def shaped(per_row: Tensor, w: Tensor, form: Format) -> Tensor:
+    """One value for each row of :func:`rows` -> the shape that a grid has."""
+    if form.axis is None:
+        return per_row.reshape(())
+    return per_row if form.group is None else per_row.reshape(w.shape[0], -1)
+
+
+def _symmetric_scale(row: Tensor, threshold: Tensor, form: Format, pairs: Tensor | None) -> Tensor:
+    """[rows]: the scale at which values up to ``threshold`` stay inside, by magnitude and, where asked, by pairs."""
+    scale = threshold / form.hi
+    if pairs is not None and form.bits == 8:
+        clipped = torch.minimum(pairs[:, 0], threshold) + torch.minimum(pairs[:, 1], threshold)
+        scale = torch.maximum(scale, clipped / form.hi)
+    return scale
+
+
+def _two_largest(w: Tensor, form: Format) -> Tensor:
+    """[rows, 2]: the two largest magnitudes of one sign in each output channel, at its heaviest."""
+    axis = form.axis if form.axis is not None else 0
+    flat = w.movedim(axis, 0).reshape(w.shape[axis], -1)
+    if flat.shape[1] == 1:
+        flat = torch.nn.functional.pad(flat, (0, 1))
+    both = torch.stack([flat.topk(2, 1).values.clamp(min=0), (-flat).topk(2, 1).values.clamp(min=0)])
+    heavier = both.sum(2).argmax(0)
+    found = both[heavier, torch.arange(flat.shape[0], device=w.device)]
+    if form.axis is None:  # one scale for all: the heaviest channel decides
+        return found[found.sum(1).argmax()].reshape(1, 2)
+    return found
+
+
+def weight_grid(w: Tensor, form: Format, threshold: Tensor, pairs: Tensor | None) -> Grid:
+    """The grid of a symmetric parameter whose rows are clipped at ``threshold`` [rows]."""
+    scale = _symmetric_scale(rows(w, form), threshold, form, pairs)
+    scale = torch.where(threshold > 0, scale.clamp(min=torch.finfo(torch.float32).tiny * 2**24), torch.ones_like(scale))
+    if form.power_of_two:
+        scale = power_of_two(scale)
+    limit = torch.floor(threshold / scale + 0.5).clamp(max=form.hi).int() if pairs is not None else torch.full_like(scale, form.hi).int()
+    lowest = torch.maximum(-limit, torch.full_like(limit, form.lo)) if pairs is not None else torch.full_like(limit, form.lo)
+    zero = torch.zeros_like(limit)
+    parts = (shaped(t, w, form) for t in (scale, zero, lowest, limit))
+    return Grid(*parts, axis=form.axis, group=form.group)
+
+
+def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
+    """The grid of an asymmetric parameter whose rows keep ``share`` [rows] of their range."""
+    flat = rows(w, form)
+    lo, hi = flat.amin(1).clamp(max=0) * share, flat.amax(1).clamp(min=0) * share
+    scale = (hi - lo) / (form.hi - form.lo)
+    scale = torch.where(hi > lo, scale, torch.ones_like(scale))
+    if form.power_of_two:
+        scale = power_of_two(scale)
+    zero = (form.lo - torch.round(lo / scale)).clamp(form.lo, form.hi).int()
+    ends = (torch.full_like(zero, form.lo), torch.full_like(zero, form.hi))
+    return Grid(*(shaped(t, w, form) for t in (scale, zero, *ends)), axis=form.axis, group=form.group)
+
+
+def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> Grid:
+    if form.symmetric:
+        return weight_grid(w, form, rows(w, form).abs().amax(1) * share, pairs)
+    return _asymmetric_weight(w, form, share)
+
+
+def _errors(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> Tensor:
+    """[rows]: squared error of each row."""
+    error = fake_quantize(w, _row_grid(w, form, share, pairs)) - w
+    return rows(error.square(), form).sum(1)
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """The whole range: nothing is clipped, an outlier costs everyone resolution."""
+
+    name: Literal["min-max"] = "min-max"
+
+    def activation(self, h: Histogram, form: Format) -> Grid:
+        """Grid from the exact extremes."""
+        return from_range(h.minimum, h.maximum, form, h.counts.device)
+
+    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+        """Grid from the extremes of each row."""
+        one = torch.ones(rows(w, form).shape[0], device=w.device)
+        return _row_grid(w, form, one, _two_largest(w, form) if pairs else None)
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """The range between two quantiles: ``share`` of the values of a tensor (or of a row of a parameter) stay inside."""
+
+    share: float = 0.9999
+    name: Literal["percentile"] = "percentile"
+
+    def activation(self, h: Histogram, form: Format) -> Grid:
+        """Grid between the quantiles of the histogram."""
+        tail = (1 - self.share) / 2
+        lo = h.quantile(tail) if h.minimum < 0 else 0.0
+        hi = h.quantile(1 - tail) if h.maximum > 0 else 0.0
+        return from_range(max(lo, h.minimum), min(hi, h.maximum), form, h.counts.device)
+
+    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+        """Grid from a quantile of the magnitudes of each row."""
+        flat = rows(w, form).abs().float()
+        position = max(1, round(self.share * flat.shape[1]))
+        inside = flat.kthvalue(position, dim=1).values
+        largest = flat.amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+        return _row_grid(w, form, inside / largest, _two_largest(w, form) if pairs else None)
+
+
+@dataclass(frozen=True)
+class MSE:
+    """The range with the least squared rounding and clipping error, searched on the integer grid itself."""
+
+    name: Literal["mse"] = "mse"
+
+    def activation(self, h: Histogram, form: Format) -> Grid:
+        """Grid by a search over the histogram: a net of shares of each end of the range, then a finer one."""
+        if form.bits > _SEARCHED_BITS:  # finer than the histogram, and nothing to gain by clipping
+            return MinMax().activation(h, form)
+        lo, hi = min(h.minimum, 0.0), max(h.maximum, 0.0)
+        device = h.counts.device
+        if h.minimum == h.maximum or form.symmetric or lo == 0.0 or hi == 0.0:
+            best = _search(h, form, lambda s: (lo * s, hi * s))
+            return from_range(h.minimum * best, h.maximum * best, form, device)
+        share_lo = share_hi = 1.0
+        for _ in range(3):  # each end in turn, until neither moves
+            before = (share_lo, share_hi)
+            share_hi = _search(h, form, lambda s, at=share_lo: (torch.full_like(s, lo * at), hi * s))  # type: ignore[misc]
+            share_lo = _search(h, form, lambda s, at=share_hi: (lo * s, torch.full_like(s, hi * at)))  # type: ignore[misc]
+            if before == (share_lo, share_hi):
+                break
+        return from_range(lo * share_lo, hi * share_hi, form, device)
+
+    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+        """Grid by a search for each row: a net of shares of the range, then a finer one around the best."""
+        two = _two_largest(w, form) if pairs else None
+        count = rows(w, form).shape[0]
+        best = torch.ones(count, device=w.device)
+        least = _errors(w, form, best, two)
+        # At 8 bits the optimum lies near the whole range, at 2 bits near a quarter of it: net from 1 down, steps as wide
+        # as the optimum is flat there.
+        lowest = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 7: 0.7}.get(form.bits, 0.8)
+        for centre, span, steps in ((None, (lowest, 0.98), 16), (best, (-0.02, 0.02), 4)):
+            for offset in torch.linspace(*span, steps).tolist():
+                share = torch.full_like(best, offset) if centre is None else (centre + offset).clamp(0.05, 1.0)
+                error = _errors(w, form, share, two)
+                better = error < least
+                least = torch.where(better, error, least)
+                best = torch.where(better, share, best)
+        return _row_grid(w, form, best, two)
+
+
+def _histogram_errors(h: Histogram, form: Format, lo: Tensor, hi: Tensor) -> Tensor:
+    """[candidates]: squared error, summed over the histogram, of the grids that cover [lo, hi] (each [candidates])."""
+    if form.symmetric:
+        scale = torch.maximum(hi, -lo) / form.hi
+        zero = torch.zeros_like(scale)
+    else:
+        scale = (hi - lo) / (form.hi - form.lo)
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    if form.power_of_two:
+        scale = power_of_two(scale)
+    if not form.symmetric:
+        zero = (form.lo - torch.round(lo[:, None] / scale)).clamp(form.lo, form.hi)
+    else:
+        zero = zero[:, None]
+    held = h.counts > 0
+    centres, counts = h.centres[held], h.counts[held]
+    codes = (torch.round(centres / scale) + zero).clamp(form.lo, form.hi)
+    return (((codes - zero) * scale - centres).square() * counts).sum(1)
+
+
+def _search(h: Histogram, form: Format, ends: Callable[[Tensor], tuple[Tensor, Tensor]]) -> float:
+    """The share in (0, 1] whose range has the least error: a net, then a finer net around its best point, twice."""
+    device = h.counts.device
+    low, high = 1.0 / _CANDIDATES, 1.0
+    best, least = 1.0, float("inf")
+    for _ in range(3):
+        net = torch.linspace(low, high, _CANDIDATES, dtype=torch.float64, device=device)
+        errors = _histogram_errors(h, form, *ends(net))
+        at = int(errors.argmin())
+        if float(errors[at]) < least:
+            best, least = float(net[at]), float(errors[at])
+        step = (high - low) / (_CANDIDATES - 1)
+        low, high = max(best - step, 1e-3), min(best + step, 1.0)
+    return best

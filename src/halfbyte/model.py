@@ -1,0 +1,124 @@
+"""The central data: a :class:`QModel` and what it is made of. Everything here is frozen; every stage returns a new one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from halfbyte.affine import Grid
+from halfbyte.formats import Format
+
+Params = Mapping[str, Tensor]
+Plan = Mapping[str, Format | None]
+Inputs = tuple[Tensor, ...]
+Outputs = tuple[Tensor, ...]
+Tap = Callable[[str, Tensor], Tensor]
+
+
+def _empty() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation, [channels], of the value that a folded batch norm put out (its beta and gamma)."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One decision: the stage that took it, the value it concerns (or None), and what was done and why."""
+
+    stage: str
+    value: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.value + ': ' if self.value else ''}{self.message}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an inference engine can run in integers, as data.
+
+    integer: kinds of operation (``Kind.value``) with an integer kernel. float_output: those whose kernel may write floats, so
+    that no quantizer is needed behind them. own_grid: kinds that compute and therefore get a grid of their own.
+    per_channel: one weight scale for each output channel. narrow_products: on CPUs that add pairs of 8-bit products in 16
+    bits, weights are held so small that no pair can saturate. engine: who runs and proves the file.
+    """
+
+    name: str
+    engine: str
+    integer: frozenset[str]
+    float_output: frozenset[str] = frozenset()
+    per_channel: bool = True
+    widths: tuple[int, ...] = tuple(range(2, 17))
+    narrow_products: bool = False
+    signed_activations: bool = False
+
+
+@dataclass(frozen=True)
+class QModel:
+    """A network on its way to integers.
+
+    graph: ATen operations; each tensor node carries ``meta["value"]`` (its stable name), ``shape`` and ``dtype``. params:
+    float parameters and buffers by name. tuned: parameters that an optimiser has replaced. plan: value -> format, or None for
+    an explicit "stays in float". ties: value -> the value whose grid it shares. grids: value -> grid. moments: value ->
+    batch-norm moments. log: what was done and why. outputs: names of the network's outputs. dynamic: the batch size is free.
+    target: what the plan was made for. samples: a few calibration inputs, on which an exported file is proven.
+    """
+
+    graph: fx.Graph
+    params: Params
+    outputs: tuple[str, ...]
+    dynamic: bool = True
+    tuned: Params = field(default_factory=_empty)
+    plan: Plan = field(default_factory=_empty)
+    ties: Mapping[str, str] = field(default_factory=_empty)
+    grids: Mapping[str, Grid] = field(default_factory=_empty)
+    moments: Mapping[str, Moments] = field(default_factory=_empty)
+    log: tuple[LogEntry, ...] = ()
+    target: Target | None = None
+    samples: Inputs = ()
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters as the network now has them: the tuned ones over the float ones."""
+        return {**self.params, **self.tuned}
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The network's inputs in order."""
+        return tuple(n for n in self.graph.nodes if n.op == "placeholder")
+
+    def as_float(self) -> "QModel":
+        """The float reference: no plan, no grids, nothing tuned."""
+        return replace(self, tuned={}, plan={}, ties={}, grids={}, target=None)
+
+    def grid(self, value: str) -> Grid | None:
+        """The grid of a value, through its tie; None where it has none."""
+        return self.grids.get(value) or self.grids.get(self.ties.get(value, ""))
+
+    def logged(self, *entries: LogEntry) -> "QModel":
+        """The same model with more log."""
+        return replace(self, log=(*self.log, *entries))
+
+    def to(self, device: torch.device | str) -> "QModel":
+        """The same model on another device."""
+        return replace(
+            self,
+            params={k: v.to(device) for k, v in self.params.items()},
+            tuned={k: v.to(device) for k, v in self.tuned.items()},
+            grids={k: g.to(device) for k, g in self.grids.items()},
+            moments={k: Moments(v.mean.to(device), v.std.to(device)) for k, v in self.moments.items()},
+        )
+
+
+def value_name(node: fx.Node) -> str:
+    """The stable name of a node's value."""
+    return str(node.meta["value"])

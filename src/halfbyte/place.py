@@ -1,0 +1,239 @@
+"""Target and graph -> plan: which values are quantized, which share a grid, which stay in float and why.
+
+The plan follows demand. Convolutions, linear layers and matrix products run in integers wherever the target can; what only
+follows them (additions, concatenations, pooling) does where all its readers want integers, or where its inputs are codes
+anyway. A float operation stops the demand, and a value that integer kernels and float operations both read is rounded for
+the kernels alone. Source of the rules: arXiv 2106.08295, section 2.3, and the engines' kernels (see ``targets``).
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from halfbyte.errors import PlacementError
+from halfbyte.formats import Format
+from halfbyte.graph import (
+    activation_inputs,
+    channel_axis,
+    editable,
+    has_computed_bias,
+    is_output,
+    is_real,
+    tensor_inputs,
+    tensors,
+    weight_of,
+)
+from halfbyte.model import LogEntry, QModel, Target, value_name
+from halfbyte.ops import REQUANTIZE, Kind, kind
+from halfbyte.targets import activation_format, weight_format
+
+Overrides = Mapping[str, Format | None]
+COMPUTE = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.MATMUL)
+FOLLOWING = (Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.AVERAGE)
+MOVING = (Kind.CODES, Kind.CLAMP, Kind.REQUANTIZE)
+
+
+@dataclass
+class _Marks:
+    """Which operations run on codes, and why others do not."""
+
+    target: Target
+    integer: set[fx.Node] = field(default_factory=set)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+
+    def writes_codes(self, node: fx.Node) -> bool:
+        """The kernel can write nothing but codes."""
+        return node in self.integer and kind(node) not in MOVING and kind(node).value not in self.target.float_output
+
+    def fused(self, node: fx.Node) -> bool:
+        """A clamp that alone reads what it clamps: its limits become limits of the codes written behind it."""
+        if kind(node) is not Kind.CLAMP:
+            return False
+        source = node.args[0]
+        alone = isinstance(source, fx.Node) and len(source.users) == 1 and source.op == "call_function"
+        return alone and kind(source) not in MOVING  # type: ignore[arg-type]
+
+    def absorbed(self, node: fx.Node) -> bool:
+        """The value exists only inside a kernel, in front of a fused clamp that carries codes."""
+        if len(node.users) != 1 or is_output(node):
+            return False
+        (reader,) = node.users
+        return self.fused(reader) and self.carries(reader)
+
+    def carries(self, node: fx.Node) -> bool:
+        """The value is held as codes."""
+        if not is_real(node):
+            return False
+        if kind(node) is Kind.CLAMP and self.fused(node) and self.writes_codes(node.args[0]):  # type: ignore[arg-type]
+            return True
+        return self.writes_codes(node) or any(self.reads_codes(u, node) for u in node.users)
+
+    def reads_codes(self, reader: fx.Node, node: fx.Node) -> bool:
+        """The reader takes this value as codes (weights and biases of layers are planned on their own)."""
+        if reader not in self.integer or (node.op == "get_attr" and kind(reader) in COMPUTE):
+            return False
+        return not self.fused(reader)
+
+
+def place(
+    m: QModel, target: Target, *, weight_bits: int = 8, activation_bits: int = 8, overrides: Overrides | None = None
+) -> QModel:
+    """Give every value that the target can use in integers a format.
+
+    weight_bits, activation_bits: widths. overrides: value name or glob -> format (its width counts), or None to keep it in
+    float. Values that stay in float are in the plan as None, with the reason in the log. Raises :class:`PlacementError`
+    where nothing is left to quantize, or where the target cannot run the width.
+    """
+    overrides = overrides or {}
+    for what, bits in (("weights", weight_bits), ("activations", activation_bits)):
+        if bits not in target.widths:
+            raise PlacementError(f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}")
+    m = replace(m, graph=editable(m.graph))
+    _check_overrides(m, overrides)
+    marks = _mark(m.graph, target, overrides)
+    _insert_requantize(m.graph, marks)
+    plan: dict[str, Format | None] = {}
+    log: list[LogEntry] = []
+    for node in m.graph.nodes:
+        weight = weight_of(node) if kind(node) in COMPUTE[:3] else None
+        if weight is not None and (node in marks.integer or _stored_only(node, marks)):
+            plan[value_name(weight)] = weight_format(target, weight_bits, channel_axis(node))
+            if node not in marks.integer:
+                log.append(LogEntry("place", value_name(weight), f"stored in {weight_bits} bits: {marks.reasons[node]}"))
+    for node in tensors(m.graph):
+        if marks.carries(node) and not marks.absorbed(node):
+            plan[value_name(node)] = activation_format(target, activation_bits)
+    ties = _ties(m.graph, plan)
+    for pattern, form in overrides.items():
+        for name in fnmatch.filter(plan, pattern) if form is not None else ():
+            plan[name] = replace(plan[name], bits=form.bits) if plan[name] is not None else None  # type: ignore[union-attr,type-var]
+    log += _left_in_float(m.graph, plan, marks)
+    if not any(plan.values()):
+        raise PlacementError("nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3])))
+    return replace(m, plan=plan, ties=ties, target=target).logged(*log)
+
+
+def _check_overrides(m: QModel, overrides: Overrides) -> None:
+    names = [value_name(n) for n in tensors(m.graph)]
+    for pattern in overrides:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, 3)
+            hint = "did you mean " + " or ".join(near) + "?" if near else "'halfbyte inspect' lists the names"
+            raise PlacementError(f"the override '{pattern}' matches no value of the network: {hint}")
+
+
+def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
+    """Decide operation by operation: backwards by demand, then forwards where the inputs are codes anyway."""
+    marks = _Marks(target)
+    wanted: set[fx.Node] = set()  # some reader, perhaps behind moves, runs on codes
+    able = {n for n in graph.nodes if kind(n) in (*FOLLOWING, *MOVING) and _able(n, target) and not _requested_float(n, overrides)}
+    for node in reversed(graph.nodes):
+        readers = [u for u in node.users if kind(u) is not Kind.SHAPE]
+        if kind(node) in COMPUTE:
+            marks.reasons[node] = "kept in float on request" if _requested_float(node, overrides) else _why_float(node, target)
+            if not marks.reasons[node]:
+                marks.integer.add(node)
+        elif node in able:
+            if any(u in marks.integer or u in wanted for u in readers):
+                wanted.add(node)
+            if readers and all(u in marks.integer for u in readers):
+                marks.integer.add(node)
+    for node in graph.nodes:
+        if node in wanted and all(_holds_codes(i, marks) for i in activation_inputs(node)):
+            marks.integer.add(node)
+        if kind(node) in FOLLOWING and node not in marks.integer:
+            marks.reasons[node] = (
+                "a float operation reads the result, so that integers would only add error"
+                if node in able
+                else f"{target.name} has no integer kernel for this {kind(node).value}"
+            )
+    return marks
+
+
+def _holds_codes(node: fx.Node, marks: _Marks) -> bool:
+    if kind(node) is Kind.CLAMP and marks.fused(node):
+        return marks.writes_codes(node.args[0])  # type: ignore[arg-type]
+    return marks.writes_codes(node) or (node in marks.integer and kind(node) in MOVING and _holds_codes(node.args[0], marks))  # type: ignore[arg-type]
+
+
+def _able(node: fx.Node, target: Target) -> bool:
+    """The target can do this on codes, and all that it reads and writes are real numbers."""
+    if kind(node).value not in target.integer or (kind(node) is Kind.CONCAT and len(tensor_inputs(node)) < 2):
+        return False
+    involved = [n for n in (node, *tensor_inputs(node)) if "list" not in n.meta]
+    return all(is_real(n) for n in involved)
+
+
+def _requested_float(node: fx.Node, overrides: Overrides) -> bool:
+    """None for an operation's value or its weight keeps the operation in float."""
+    if "value" not in node.meta:
+        return False
+    names = [value_name(node), *(value_name(n) for n in tensor_inputs(node) if n.op == "get_attr")]
+    return any(form is None and fnmatch.filter(names, pattern) for pattern, form in overrides.items())
+
+
+def _why_float(node: fx.Node, target: Target) -> str:
+    what = kind(node)
+    if what.value not in target.integer:
+        return f"{target.name} has no integer kernel for {what.value}"
+    if not all(is_real(i) for i in tensor_inputs(node)):
+        return "its inputs are not real numbers"
+    if what is Kind.MATMUL:
+        constant = any(i.op == "get_attr" for i in tensor_inputs(node))
+        return "one factor is a parameter of more than two dimensions" if constant else ""
+    if weight_of(node) is None or not activation_inputs(node):
+        return "its weight is computed at run time, or its input is constant"
+    return "its bias is computed at run time" if has_computed_bias(node) else ""
+
+
+def _stored_only(node: fx.Node, marks: _Marks) -> bool:
+    """No integer kernel, but the weight can still be stored in integers, for the size of the file."""
+    return kind(node) is Kind.CONV_TRANSPOSE and node.args[6] == 1 and "no integer kernel" in marks.reasons.get(node, "")
+
+
+def _insert_requantize(graph: fx.Graph, marks: _Marks) -> None:
+    """Where float operations read a float value that kernels want as codes, the kernels get a rounded copy."""
+    for node in list(tensors(graph)):
+        if not is_real(node) or node.op == "get_attr" or _holds_codes(node, marks):
+            continue
+        readers = [u for u in node.users if marks.reads_codes(u, node)]
+        others = [u for u in node.users if u not in readers and kind(u) is not Kind.SHAPE]
+        if readers and others:
+            with graph.inserting_after(node):
+                copy = graph.create_node("call_function", REQUANTIZE, (node,))
+            copy.meta = {**node.meta, "value": value_name(node) + ":quantized"}
+            for user in readers:
+                user.replace_input_with(node, copy)
+
+
+def _ties(graph: fx.Graph, plan: Mapping[str, Format | None]) -> dict[str, str]:
+    """Values that are moved or clamped codes share the grid of the value that the codes come from."""
+    roots: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if kind(node) not in (Kind.CODES, Kind.CLAMP) or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        root = roots.get(source) or (value_name(source) if "value" in source.meta and plan.get(value_name(source)) else None)
+        if root is not None and ("list" in node.meta or plan.get(value_name(node)) is not None):
+            roots[node] = root
+    return {value_name(n): root for n, root in roots.items() if "list" not in n.meta}
+
+
+def _left_in_float(graph: fx.Graph, plan: dict[str, Format | None], marks: _Marks) -> list[LogEntry]:
+    """Mark every other real value as float; say why where a user would have expected integers."""
+    log = []
+    for node in tensors(graph):
+        name = value_name(node)
+        if not is_real(node):
+            continue
+        reason = marks.reasons.get(node, "")
+        if kind(node) is Kind.FLOAT:
+            reason = "no integer kernel for this operation"
+        if name not in plan:
+            plan[name] = None
+        if reason and node not in marks.integer:
+            log.append(LogEntry("place", name, f"computed in float: {reason}"))
+    return log

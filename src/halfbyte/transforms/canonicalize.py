@@ -1,0 +1,207 @@
+"""One way to write each operation: identities dropped, every convolution with explicit pads, spatial means as one operation.
+
+Nothing is decomposed: attention stays three nodes, a layer norm one.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from halfbyte.graph import drop_dead, editable, is_real, parameter, replace_uses
+from halfbyte.model import LogEntry, QModel
+from halfbyte.ops import CONV, CONV_TRANSPOSE, GLOBAL_AVERAGE_POOL, LINEAR, argument, aten, base_name, is_tensor
+
+_RANK = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+_TRANSPOSED_RANK = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+_WHOLE = 2**62  # a slice to the end
+
+
+def canonicalize(m: QModel) -> QModel:
+    """Rewrite the graph into the forms that the later stages know. Float outputs are unchanged (a law of the tests)."""
+    graph = editable(m.graph)
+    params = dict(m.params)
+    log: list[LogEntry] = []
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.users:
+            for rule in _RULES:
+                if rule(graph, node, params, log):
+                    break
+    drop_dead(graph)
+    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    return replace(m, graph=graph, params={k: v for k, v in params.items() if k in used}).logged(*log)
+
+
+def _rewrite(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Put one operation in the place of another, under the same value name."""
+    with graph.inserting_before(node):
+        new = graph.create_node("call_function", target, args)
+    new.meta = dict(node.meta)
+    replace_uses(node, new)
+    graph.erase_node(node)
+    return new
+
+
+def _integers(value: Any, rank: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return values * rank if len(values) == 1 else values
+
+
+def drop_identity(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """Dropout in eval mode, copies, slices of everything, conversions to the type it has."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(node) or not is_tensor(source):
+        return False
+    name = base_name(node)
+    same = (node.meta["shape"], node.meta["dtype"]) == (source.meta["shape"], source.meta["dtype"])
+    whole = name == "slice" and same and argument(node, 2, "start", None) in (0, None)
+    whole = whole and argument(node, 4, "step", 1) == 1 and (argument(node, 3, "end", None) or _WHOLE) >= _WHOLE
+    copies = ("contiguous", "clone", "alias", "detach", "lift_fresh_copy", "to", "_to_copy", "identity", "positive")
+    evaluated = name in ("dropout", "feature_dropout", "alpha_dropout") and not argument(node, 2, "train", False)
+    if (same and name in copies) or whole or evaluated:
+        replace_uses(node, source)
+        return True
+    return False
+
+
+def any_reshape(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """A view demands a memory layout that dropped copies no longer guarantee; a reshape does not."""
+    if node.target is not aten.view.default:
+        return False
+    _rewrite(graph, node, aten.reshape.default, node.args)
+    return True
+
+
+def explicit_convolution(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """conv1d, conv2d, conv3d and their ``padding='same'`` forms -> ``halfbyte::conv`` with begin and end pads."""
+    rank = _RANK.get(base_name(node))
+    if rank is None:
+        return False
+    x, weight = node.args[:2]
+    bias, stride = argument(node, 2, "bias", None), _integers(argument(node, 3, "stride", 1), rank)
+    padding, dilation = argument(node, 4, "padding", 0), _integers(argument(node, 5, "dilation", 1), rank)
+    if padding == "same":
+        kernel = weight.meta["shape"][2:]  # type: ignore[union-attr]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
+    else:
+        pads = _integers(0 if padding == "valid" else padding, rank) * 2
+    x, pads = _absorb_pad(x, pads)  # type: ignore[arg-type]
+    _rewrite(graph, node, CONV, (x, weight, bias, stride, pads, dilation, argument(node, 6, "groups", 1)))
+    return True
+
+
+def _absorb_pad(x: fx.Node, pads: list[int]) -> tuple[fx.Node, list[int]]:
+    """A zero padding in front of a convolution is its own padding: the kernel then never meets a padded tensor."""
+    rank = len(pads) // 2
+    if base_name(x) not in ("pad", "constant_pad_nd") or argument(x, 2, "mode", "constant") not in ("constant", 0, 0.0):
+        return x, pads
+    amounts = list(x.args[1])  # type: ignore[arg-type]
+    value = argument(x, 3, "value", None) if base_name(x) == "pad" else argument(x, 2, "value", 0)
+    if value or any(amounts[2 * rank :]) or any(not isinstance(a, int) or a < 0 for a in amounts):
+        return x, pads
+    amounts += [0] * (2 * rank - len(amounts))
+    begins, ends = amounts[0 : 2 * rank : 2][::-1], amounts[1 : 2 * rank : 2][::-1]
+    return x.args[0], [p + a for p, a in zip(pads, begins + ends, strict=True)]  # type: ignore[return-value]
+
+
+def explicit_transposed(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """conv_transpose1d, 2d, 3d -> ``halfbyte::conv_transpose`` with all its arguments."""
+    rank = _TRANSPOSED_RANK.get(base_name(node))
+    if rank is None:
+        return False
+    spread = [_integers(argument(node, i, n, d), rank) for i, n, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))]
+    groups, dilation = argument(node, 6, "groups", 1), _integers(argument(node, 7, "dilation", 1), rank)
+    _rewrite(graph, node, CONV_TRANSPOSE, (*node.args[:2], argument(node, 2, "bias", None), *spread, groups, dilation))
+    return True
+
+
+def spatial_mean(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """The mean over all spatial dimensions, however it is written -> ``halfbyte::global_average_pool``."""
+    name, source = base_name(node), node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_real(source):
+        return False
+    shape = source.meta["shape"]
+    if name.startswith("adaptive_avg_pool") and len(shape) == int(name[-2]) + 2:
+        if all(s == 1 for s in _integers(node.args[1], int(name[-2]))):
+            _rewrite(graph, node, GLOBAL_AVERAGE_POOL, (source,))
+            return True
+        return False
+    if name != "mean" or len(shape) < 3 or argument(node, 1, "dim", None) is None or node.kwargs.get("dtype") is not None:
+        return False
+    dims = sorted(d % len(shape) for d in _integers(node.args[1], 1))
+    if dims != list(range(2, len(shape))):
+        return False
+    if argument(node, 2, "keepdim", False):
+        _rewrite(graph, node, GLOBAL_AVERAGE_POOL, (source,))
+        return True
+    with graph.inserting_before(node):
+        pooled = graph.create_node("call_function", GLOBAL_AVERAGE_POOL, (source,))
+    pooled.meta = {**node.meta, "value": node.meta["value"] + ".pool", "shape": (*shape[:2], *[1] * (len(shape) - 2))}
+    _rewrite(graph, node, aten.flatten.using_ints, (pooled, 1))
+    return True
+
+
+def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """``x @ W`` and ``addmm`` with a parameter are linear layers; their weight is stored transposed."""
+    name = base_name(node)
+    bias, operands = (node.args[0], node.args[1:3]) if name == "addmm" else (None, node.args[:2])
+    if name not in ("matmul", "mm", "addmm") or (name == "addmm" and node.kwargs):
+        return False
+    x, weight = operands
+    if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or x.op == "get_attr":
+        return False
+    transposed = base_name(weight) in ("t", "transpose") and isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr"
+    stored = weight.args[0] if transposed else weight
+    if stored.op != "get_attr" or len(stored.meta["shape"]) != 2 or (bias is not None and len(bias.meta["shape"]) != 1):  # type: ignore[union-attr]
+        return False
+    if not transposed:
+        original = str(stored.target)  # type: ignore[union-attr]
+        params[original + ".transposed"] = params[original].t().contiguous()
+        stored = parameter(graph, original + ".transposed", node, params[original + ".transposed"].shape)
+    _rewrite(graph, node, LINEAR, (x, stored, bias))
+    return True
+
+
+def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """Fused attention -> product, softmax, product: the two products can then run in integers."""
+    if base_name(node) != "scaled_dot_product_attention":
+        return False
+    mask, dropout, causal = (argument(node, i, n, d) for i, n, d in ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False)))
+    query, key, value = node.args[:3]
+    real_mask = mask is None or (isinstance(mask, fx.Node) and is_real(mask))
+    if dropout or causal or not real_mask or argument(node, 7, "enable_gqa", False):
+        log.append(LogEntry("canonicalize", node.meta["value"], "masked or causal attention stays one float operation"))
+        return False
+    q_shape, k_shape = query.meta["shape"], key.meta["shape"]  # type: ignore[union-attr]
+    scale = argument(node, 6, "scale", None) or q_shape[-1] ** -0.5
+    weights_shape = (*q_shape[:-1], k_shape[-2])
+    base: dict[str, Any] = node.meta
+
+    def insert(suffix: str, target: Any, args: tuple[Any, ...], shape: tuple[Any, ...]) -> fx.Node:
+        with graph.inserting_before(node):
+            new = graph.create_node("call_function", target, args)
+        new.meta = {**base, "value": f"{base['value']}.{suffix}", "shape": shape}
+        return new
+
+    key_t = insert("key", aten.transpose.int, (key, -2, -1), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
+    scores = insert("scores", aten.matmul.default, (query, key_t), weights_shape)
+    scores = insert("scaled", aten.mul.Tensor, (scores, float(scale)), weights_shape)
+    if mask is not None:
+        scores = insert("masked", aten.add.Tensor, (scores, mask), weights_shape)
+    weights = insert("softmax", aten.softmax.int, (scores, -1), weights_shape)
+    _rewrite(graph, node, aten.matmul.default, (weights, value))
+    return True
+
+
+Rule = Callable[[fx.Graph, fx.Node, dict[str, Any], list[LogEntry]], bool]
+_RULES: tuple[Rule, ...] = (
+    drop_identity,
+    any_reshape,
+    explicit_convolution,
+    explicit_transposed,
+    spatial_mean,
+    product_with_parameter,
+    split_attention,
+)

@@ -1,0 +1,523 @@
+"""Every source gives the same batches on every pass, and whatever is wrong with the data is said in words."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from halfbyte.data import Labelled, Samples, calibration, check_inputs, labelled, load_callable
+from halfbyte.errors import DataError, UsageError
+from halfbyte.preprocess import Preprocess
+
+SMALL = Preprocess(8)
+
+
+def picture(path: Path, value: int = 0, side: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), (value, value, value)).save(path)
+    return path
+
+
+def calib(source: Any, names: tuple[str, ...] = ("x",), **options: Any) -> Samples:
+    return calibration(source, **{"preprocess": SMALL, "input_names": names} | options)
+
+
+def label(source: Any, outputs: int | None = 3, names: tuple[str, ...] = ("x",), **options: Any) -> Labelled:
+    return labelled(source, **{"preprocess": SMALL, "input_names": names, "outputs": outputs} | options)
+
+
+def values(samples: Samples) -> list[float]:
+    return [float(v) for batch in samples for v in batch[0].flatten(1)[:, 0]]
+
+
+def same(first: Samples, second: Samples) -> bool:
+    pairs = zip(list(first), list(second), strict=True)
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for i in range(20):
+        picture(tmp_path / "p" / f"class{i % 3}" / f"{i:02}.png", i)
+    return tmp_path / "p"
+
+
+# Folders of pictures
+
+
+def test_folder_is_sampled_by_seed_without_replacement_and_in_order(pictures: Path) -> None:
+    first = calib(pictures, samples=7, batch=3, seed=1)
+    assert first.count == 7
+    assert [len(b[0]) for b in first] == [3, 3, 1]
+    assert len(set(values(first))) == 7
+    assert values(first) == values(first) == values(calib(str(pictures), samples=7, batch=2, seed=1))
+    # In the order of the paths: class by class, and by number in each.
+    assert values(first) == sorted(values(first), key=lambda v: (v % 3, v))
+    assert values(first) != values(calib(pictures, samples=7, seed=2))
+
+
+def test_folder_with_fewer_pictures_than_asked_for_is_used_whole(pictures: Path) -> None:
+    samples = calib(pictures)
+    assert samples.count == 20
+    assert sorted(values(samples)) == list(range(20))
+    assert "20 of 20" in samples.description
+
+
+def test_pictures_are_decoded_only_when_their_batch_is_due(pictures: Path) -> None:
+    (pictures / "class2" / "zz.png").write_bytes(b"junk")
+    batches = iter(calib(pictures, batch=5))
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(DataError, match=r"zz\.png cannot be decoded"):
+        next(batches)
+
+
+def test_truncated_picture_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"cut\.jpg cannot be decoded.*truncated"):
+        list(calib(tmp_path))
+
+
+def test_unusable_picture_is_named(tmp_path: Path) -> None:
+    Image.new("F", (8, 8)).save(tmp_path / "f.tif")
+    with pytest.raises(DataError, match=r"f\.tif: .*32-bit"):
+        list(calib(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["folder", "labelled"])
+def test_empty_folders(tmp_path: Path, source: str) -> None:
+    make: Callable[..., object] = calib if source == "folder" else label
+    with pytest.raises(DataError, match="holds no files"):
+        make(tmp_path)
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(DataError, match="1 files but no picture"):
+        make(tmp_path)
+
+
+def test_pictures_need_preprocessing_and_one_input(pictures: Path) -> None:
+    with pytest.raises(UsageError, match="set --size, --mean"):
+        calib(pictures, preprocess=None)
+    with pytest.raises(DataError, match=r"takes 2 \(x, y\)"):
+        calib(pictures, names=("x", "y"))
+
+
+# Arrays
+
+
+def test_npy_is_sampled_and_keeps_its_type(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(40).reshape(20, 2))
+    samples = calib(tmp_path / "ids.npy", samples=5, batch=2)
+    assert samples.count == 5
+    assert {b[0].dtype for b in samples} == {torch.int64}
+    assert values(samples) == sorted(values(samples)) == values(samples)
+
+
+def test_float64_becomes_float32_and_byte_order_does_not_matter(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(4, dtype=">f8").reshape(4, 1))
+    (batch,) = calib(tmp_path / "a.npy")
+    assert batch[0].dtype == torch.float32
+    assert batch[0].flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_npz_gives_the_inputs_by_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", mask=np.ones((4, 1), bool), ids=np.arange(4).reshape(4, 1), target=np.zeros(4))
+    (batch,) = calib(tmp_path / "a.npz", names=("ids", "mask"))
+    assert [t.dtype for t in batch] == [torch.int64, torch.bool]
+    np.savez(tmp_path / "b.npz", whatever=np.ones((4, 1)), target=np.zeros(4))
+    assert len(list(calib(tmp_path / "b.npz"))) == 1
+
+
+def test_npz_without_the_names_says_which(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", a=np.ones(4), b=np.ones(4))
+    with pytest.raises(DataError, match=r"no array for the inputs 'x', 'y' \(it holds 'a', 'b'\)"):
+        calib(tmp_path / "a.npz", names=("x", "y"))
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "pickle"])
+def test_damaged_files_are_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    array = np.array([{}, {}], dtype=object) if damage == "pickle" else np.ones((50, 3))
+    np.savez(path, x=array) if suffix == "npz" else np.save(path, array)
+    if damage != "pickle":
+        path.write_bytes({"text": b"hello world", "empty": b"", "truncated": path.read_bytes()[:-700]}[damage])
+    with pytest.raises(DataError, match=rf"a\.{suffix} cannot be read"):
+        calib(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": np.ones((0, 3)), "y": np.ones((0, 3))}, "'x' of .* is empty"),
+        ({"x": np.ones((3, 0)), "y": np.ones((3, 1))}, "'x' of .* is empty"),
+        ({"x": np.ones(()), "y": np.ones(3)}, "'x' of .* is a single number"),
+        ({"x": np.ones((4, 2)), "y": np.ones((3, 2))}, "'y' of .* has 3 samples but 'x' has 4"),
+        ({"x": np.array(["a", "b"]), "y": np.ones(2)}, "'x' of .* has the type <U1"),
+        ({"x": np.array([1.0, np.nan]), "y": np.ones(2)}, "'x' of batch 0 of .* holds NaN"),
+        ({"x": np.ones(2), "y": np.array([1.0, 1e300])}, "'y' of batch 0 of .* holds infinity"),
+    ],
+)
+def test_unusable_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], words: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    for source in (tmp_path / "a.npz", arrays):
+        with pytest.raises(DataError, match=words):
+            list(calib(source, names=("x", "y")))
+
+
+def test_tensor_array_and_mapping_in_python() -> None:
+    tensor = torch.arange(10.0).reshape(10, 1).requires_grad_()
+    samples = calib(tensor, batch=4)
+    assert [len(b[0]) for b in samples] == [4, 4, 2]
+    assert not any(b[0].requires_grad for b in samples)
+    assert same(samples, calib(tensor.detach().numpy(), batch=4))
+    assert same(samples, calib({"x": tensor}, batch=4))
+    with pytest.raises(DataError, match="'x' of the dict given is a list"):
+        calib({"x": [1, 2]})
+
+
+# Code and iterables
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_callable_is_started_for_each_pass(tmp_path: Path) -> None:
+    code = "import numpy as np\ndef f():\n for i in range(9):\n  yield np.full((4, 2), i, np.float32)\n"
+    spec = write(tmp_path / "c.py", code) + ":f"
+    samples = calib(spec, samples=10)
+    assert values(samples) == values(samples) == [0] * 4 + [1] * 4 + [2] * 2
+    assert spec in samples.description
+
+
+def test_items_of_every_form() -> None:
+    x, y = torch.ones(2, 3), np.zeros((2, 1), np.int64)
+    for item in ((x, y), [x, y], {"y": y, "x": x, "target": 0}):
+        (batch,) = calib([item], names=("x", "y"))
+        assert [t.dtype for t in batch] == [torch.float32, torch.int64]
+    assert [b[0].tolist() for b in calib(lambda: x)] == [x.tolist()]
+
+
+def test_one_shot_generator_can_be_iterated_twice_though_it_reuses_its_buffer() -> None:
+    drawn = []
+
+    def forever() -> Iterator[torch.Tensor]:
+        buffer = torch.zeros(4, 1)
+        while True:
+            drawn.append(1)
+            yield buffer
+            buffer += 1
+
+    samples = calib(forever(), samples=10)
+    assert values(samples) == values(samples) == [0] * 4 + [1] * 4 + [2] * 2
+    assert len(drawn) == 3
+
+
+def test_data_loader_is_used_as_it_is_unless_it_shuffles() -> None:
+    data = torch.arange(64.0).reshape(64, 1)
+    still = calib(torch.utils.data.DataLoader(data, batch_size=8), samples=20)
+    assert values(still) == values(still) == list(range(20))
+    shuffled = calib(torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
+    list(shuffled)
+    with pytest.raises(DataError, match="differs from the one of an earlier pass; turn off shuffling"):
+        list(shuffled)
+
+
+@pytest.mark.parametrize("lengths", [(2, 1), (1, 2)])
+def test_passes_of_different_length_are_noticed(lengths: tuple[int, int]) -> None:
+    left = list(lengths)
+    samples = calib(lambda: [torch.ones(2, 1)] * left.pop(0))
+    list(samples)
+    with pytest.raises(DataError, match=r"batch 1 .* differs"):
+        list(samples)
+
+
+def test_exhausted_source_is_noticed() -> None:
+    kept = iter([torch.ones(2, 1)])
+    samples = calib(lambda: kept)
+    list(samples)
+    with pytest.raises(DataError, match="gives no batches"):
+        list(samples)
+
+
+@pytest.mark.parametrize(
+    ("items", "names", "words"),
+    [
+        ([], ("x",), "gives no batches"),
+        ([torch.ones(0, 3)], ("x",), "'x' of batch 0 of the list given is empty"),
+        ([torch.ones(())], ("x",), "single number"),
+        ([torch.ones(2), torch.tensor([1.0, float("inf")])], ("x",), "'x' of batch 1 .* holds infinity"),
+        ([(torch.ones(2), torch.ones(2))], ("x",), "2 tensors but the network takes 1 .* without labels"),
+        ([torch.ones(2)], ("x", "y"), r"1 tensors but the network takes 2 \(x, y\)"),
+        ([{"x": torch.ones(2)}], ("x", "y"), "no array for the input 'y'"),
+        ([(torch.ones(2), torch.ones(3))], ("x", "y"), "'y' of batch 0 .* has 3 samples but 'x' has 2"),
+        (["a"], ("x",), "is a str; give a tensor"),
+        (5, ("x",), "TypeError"),
+    ],
+)
+def test_unusable_batches(items: Any, names: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        list(calib(items, names=names))
+
+
+def test_code_that_fails_is_named_with_its_line(tmp_path: Path) -> None:
+    spec = write(tmp_path / "c.py", "import torch\ndef f():\n yield torch.ones(2)\n torch.ones(-1)\n") + ":f"
+    with pytest.raises(DataError, match=r"c\.py:f fails with RuntimeError: .*\(c\.py, line 4\)"):
+        list(calib(spec))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere/at/all", "there is no file or folder"),
+        ("x.txt", "is no source"),
+        ("x.py", r"name its function: .*x\.py:"),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("x.txt"), "")
+    write(Path("x.py"), "")
+    with pytest.raises(DataError, match=words):
+        calib(source)
+
+
+@pytest.mark.parametrize("options", [{"samples": 0}, {"batch": -1}])
+def test_counts_must_be_positive(options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="give at least 1"):
+        calib(torch.ones(3), **options)
+
+
+# Labelled data
+
+
+def targets(data: Labelled) -> list[int]:
+    return [int(t) for _, target in data for t in target]
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    for i, name in enumerate(("cat", "dog", "eel")):
+        for j in range(4):
+            picture(tmp_path / "l" / name / f"{j}.png", 10 * i + j)
+    return tmp_path / "l"
+
+
+def test_names_count_in_sorted_order(classes: Path) -> None:
+    data = label(classes, batch=5)
+    assert data.count == 12
+    assert targets(data) == targets(data) == [0] * 4 + [1] * 4 + [2] * 4
+    for (batch,), target in data:
+        assert target.dtype == torch.int64
+        assert torch.equal(torch.div(batch[:, 0, 0, 0], 10, rounding_mode="floor").long(), target)
+
+
+def test_limit_is_spread_over_the_classes(classes: Path) -> None:
+    assert targets(label(classes, limit=6)) == [0, 0, 1, 1, 2, 2]
+    assert label(classes, limit=100).count == 12
+
+
+def test_numbers_are_indices(tmp_path: Path) -> None:
+    for name in ("2", "10", "007"):
+        picture(tmp_path / name / "a" / "x.png")
+    assert targets(label(tmp_path, outputs=11)) == [7, 10, 2]
+    assert targets(label(tmp_path, outputs=None)) == [7, 10, 2]
+    with pytest.raises(DataError, match="10 is class 10 but the network has 10 outputs"):
+        label(tmp_path, outputs=10)
+
+
+@pytest.mark.parametrize("outputs", [4, None])
+def test_names_that_do_not_match_the_outputs_need_a_class_file(classes: Path, outputs: int | None) -> None:
+    with pytest.raises(DataError, match=r"3 class folders \(cat, \.\.\.\).*give a class file"):
+        label(classes, outputs=outputs)
+
+
+@pytest.mark.parametrize("kind", ["txt", "json"])
+def test_class_file_gives_the_index(classes: Path, tmp_path: Path, kind: str) -> None:
+    names = ["eel", "fox", "dog", "cat"]
+    text = json.dumps({n: i for i, n in enumerate(names)}) if kind == "json" else "\n".join(names) + "\n\n"
+    path = write(tmp_path / f"names.{kind}", text)
+    assert targets(label(classes, outputs=4, classes=path)) == [3] * 4 + [2] * 4 + [0] * 4
+    with pytest.raises(DataError, match="cat is class 3 but the network has 3 outputs"):
+        label(classes, outputs=3, classes=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.txt", "cats\ndog\neel", r"folder 'cat' is not in the class file .* \(near are cats\)"),
+        ("c.txt", "cat\ndog\ncat", "holds 'cat' twice"),
+        ("c.json", "{", "is not valid"),
+        ("c.json", '["cat"]', "one object of names and indices"),
+        ("c.json", '{"cat": "0"}', "one object of names and indices"),
+        ("c.json", '{"cat": -1, "dog": 0, "eel": 1}', "cat is class -1"),
+        ("c.json", None, "cannot be read"),
+    ],
+)
+def test_unusable_class_files(classes: Path, tmp_path: Path, name: str, text: str | None, words: str) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=words):
+        label(classes, classes=path)
+
+
+def test_class_file_is_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="applies to a folder"):
+        label({"x": np.ones(2), "target": np.zeros(2, int)}, classes=tmp_path / "c.txt")
+
+
+def test_picture_outside_the_class_folders_is_named(classes: Path) -> None:
+    picture(classes / "loose.png")
+    with pytest.raises(DataError, match=r"loose\.png lies in no class folder"):
+        label(classes)
+
+
+def test_npz_with_target(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.arange(6.0), target=np.array([0, 1, 2, 0, 1, 2], np.uint8))
+    data = label(tmp_path / "a.npz", batch=4)
+    assert [(len(b[0]), t.dtype, len(t)) for b, t in data] == [(4, torch.int64, 4), (2, torch.int64, 2)]
+    assert targets(label(tmp_path / "a.npz", limit=3)) == [0, 2, 1]
+    assert targets(label({"x": torch.arange(2), "target": torch.tensor([2, 0])})) == [2, 0]
+
+
+BAD_TARGETS = [
+    (np.array([0, 3]), "holds the class index 3; valid are 0 to 2"),
+    (np.array([0, -1]), "holds the class index -1"),
+    (np.array([0.0, 1.0]), "is torch.float32; give class indices"),
+    (np.array([0]), r"has shape \[1\]; give one class index a sample: \[2\]"),
+    (np.array([[0], [1]]), r"has shape \[2, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("target", "words"), BAD_TARGETS)
+def test_unusable_targets(target: np.ndarray, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        label({"x": np.ones(2), "target": target})
+    with pytest.raises(DataError, match=words):
+        list(label([(np.ones(2), target)]))
+
+
+def test_missing_target() -> None:
+    with pytest.raises(DataError, match="no array 'target'"):
+        label(torch.ones(3))
+    with pytest.raises(DataError, match="is not a pair"):
+        list(label([torch.ones(3)]))
+
+
+def test_labelled_code(tmp_path: Path) -> None:
+    code = "import torch\ndef f():\n for i in range(3):\n  yield {'x': torch.ones(4, 2)}, torch.full((4,), i)\n"
+    data = label(write(tmp_path / "c.py", code) + ":f", limit=6)
+    assert data.count is None
+    assert targets(data) == targets(data) == [0, 0, 0, 0, 1, 1]
+    assert [b[0].shape for b, _ in data] == [(4, 2), (2, 2)]
+
+
+# Code of the user
+
+
+def test_same_file_is_one_module_and_files_of_one_name_are_two(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        code = "from dataclasses import dataclass\n@dataclass\nclass K:\n  a: int = 0\ndef f(): return K\n"
+        spec = write(tmp_path / name / "loader.py", code) + ":f"
+        assert load_callable(spec) is load_callable(spec)
+        found.append(load_callable(spec)())
+    assert found[0] is not found[1]
+
+
+def test_neighbours_can_be_imported_even_when_called(tmp_path: Path) -> None:
+    write(tmp_path / "neighbour_of_loader.py", "value = 7\n")
+    spec = write(tmp_path / "loader.py", "def f():\n import neighbour_of_loader as n\n return n.value\n") + ":f"
+    assert load_callable(spec)() == 7
+
+
+def test_module_of_the_path() -> None:
+    assert load_callable("json:dumps") is json.dumps
+
+
+@pytest.mark.parametrize(
+    ("code", "spec", "words"),
+    [
+        ("", "loader.py", "names no function"),
+        ("", "loader.py:", "names no function"),
+        ("", "other.py:f", r"there is no file other\.py"),
+        ("", "no_such_module_here:f", "there is no module 'no_such_module_here'"),
+        ("", "json.nothing:f", "there is no module 'json.nothing'"),
+        ("a = 1\nb = 1 / 0\n", "loader.py:f", r"ZeroDivisionError: .*\(loader\.py, line 2\)"),
+        ("a = 1\nb = (\n", "loader.py:f", r"SyntaxError: .*\(loader\.py, line 2\)"),
+        ("import no_such_neighbour\n", "loader.py:f", r"ModuleNotFoundError: .*\(loader\.py, line 1\)"),
+        ("import sys\nsys.exit(3)\n", "loader.py:f", r"SystemExit: 3 \(loader\.py, line 2\)"),
+        ("def calibrate(): pass\n", "loader.py:calibrat", "has no 'calibrat'; near are calibrate"),
+        ("", "loader.py:f", "has no functions"),
+        ("f = 3\n", "loader.py:f", "is a int, which cannot be called"),
+    ],
+)
+def test_unusable_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, spec: str, words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "loader.py", code)
+    with pytest.raises(UsageError, match=words) as caught:
+        load_callable(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_failed_import_can_be_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "loader.py"
+    before = set(sys.modules)
+    with pytest.raises(UsageError):
+        load_callable(write(path, "1 / 0") + ":f")
+    assert not {m for m in set(sys.modules) - before if m.startswith("halfbyte_file")}
+    write(path, "def f():\n    return 'a longer file'\n")
+    assert load_callable(f"{path}:f")() == "a longer file"
+
+
+# The inputs of the network
+
+PICTURES = ("x", ["batch", 3, 224, 224], torch.float32)
+IDS = ("ids", ["batch", "seq"], torch.int64)
+
+
+def test_fitting_batches_pass() -> None:
+    check_inputs((torch.ones(5, 3, 224, 224), torch.ones(5, 9, dtype=torch.int64)), [PICTURES, IDS], "batch 0")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected", "words"),
+    [
+        (torch.ones(2, 3, 256, 256), PICTURES, "x' of calibration batch 0 has shape [2, 3, 256, 256] but the network "),
+        (torch.ones(2, 3, 256, 256), PICTURES, "takes [batch, 3, 224, 224]: set --size 224"),
+        (torch.ones(2, 3, 8, 8), ("x", ["n", 3, 16, 8], torch.float32), "set --size 16x8"),
+        (torch.ones(2, 224, 224, 3), PICTURES, "data is NHWC and the network takes NCHW"),
+        (torch.ones(2, 3, 8, 8), ("x", ["n", 8, 8, 3], torch.float32), "data is NCHW and the network takes NHWC"),
+        (torch.ones(2, 1, 224, 224), PICTURES, "set --color rgb"),
+        (torch.ones(2, 3, 8, 8), ("x", ["n", 1, 8, 8], torch.float32), "set --color gray"),
+        (torch.ones(3, 224, 224), PICTURES, "add the batch axis"),
+        (torch.ones(2, 3), PICTURES, "give 4 axes instead of 2"),
+        (torch.ones(2, 3), ("x", [1, 3], torch.float32), "set --batch 1"),
+        (torch.ones(2, 3), ("x", ["n", 4], torch.float32), "give 4 instead of 3 along axis 1"),
+        (torch.ones(2, 3), IDS, "'ids' of calibration batch 0 is float32 but the network takes int64: give the ids"),
+        (torch.ones(2, 3, dtype=torch.int32), IDS, "is int32 but the network takes int64: convert the data to int64"),
+        (torch.ones(2, 3, 224, 224, dtype=torch.uint8), PICTURES, "is uint8 .* apply the mean"),
+    ],
+)
+def test_mismatches_say_what_to_do(tensor: torch.Tensor, expected: Any, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_inputs((tensor,), [expected], "calibration batch 0")
+    first, _, last = words.partition(" .* ")
+    assert first in str(caught.value)
+    assert last in str(caught.value)
+
+
+def test_number_of_inputs() -> None:
+    with pytest.raises(DataError, match="batch 3 has 1 tensors but the network takes 2 inputs: 'x', 'ids'"):
+        check_inputs((torch.ones(1),), [PICTURES, IDS], "batch 3")
