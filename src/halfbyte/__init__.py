@@ -1,0 +1,121 @@
+"""Halfbyte: a trained PyTorch network in, one that runs on integers out, with an exported file proven equal to the simulation.
+
+Names are loaded on first use, so that ``halfbyte --help`` does not wait for torch.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.affine import Grid, dequantize, fake_quantize
+    from halfbyte.affine import quantize as quantize_tensor
+    from halfbyte.calibrate import calibrate
+    from halfbyte.capture import capture
+    from halfbyte.errors import HalfbyteError, ParityError, UsageError
+    from halfbyte.export_onnx import export_onnx
+    from halfbyte.formats import Format
+    from halfbyte.grids import MSE, MinMax, Percentile
+    from halfbyte.integer import run_integer
+    from halfbyte.lower import lower
+    from halfbyte.model import LogEntry, Moments, QModel, Target
+    from halfbyte.parity import Parity
+    from halfbyte.place import place
+    from halfbyte.preprocess import Preprocess
+    from halfbyte.quantize import quantize
+    from halfbyte.run import predict, run, simulate
+    from halfbyte.store import load, save
+    from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Grid": "affine",
+    "dequantize": "affine",
+    "fake_quantize": "affine",
+    "quantize_tensor": "affine:quantize",
+    "calibrate": "calibrate",
+    "capture": "capture",
+    "HalfbyteError": "errors",
+    "ParityError": "errors",
+    "UsageError": "errors",
+    "export_onnx": "export_onnx",
+    "Format": "formats",
+    "MSE": "grids",
+    "MinMax": "grids",
+    "Percentile": "grids",
+    "run_integer": "integer",
+    "lower": "lower",
+    "LogEntry": "model",
+    "Moments": "model",
+    "QModel": "model",
+    "Target": "model",
+    "Parity": "parity",
+    "place": "place",
+    "Preprocess": "preprocess",
+    "quantize": "quantize",
+    "predict": "run",
+    "run": "run",
+    "simulate": "run",
+    "load": "store",
+    "save": "store",
+    "fold_batchnorm": "transforms.fold_batchnorm",
+}
+
+__all__ = [
+    "MSE",
+    "Format",
+    "Grid",
+    "HalfbyteError",
+    "LogEntry",
+    "MinMax",
+    "Moments",
+    "Parity",
+    "ParityError",
+    "Percentile",
+    "Preprocess",
+    "QModel",
+    "Target",
+    "UsageError",
+    "calibrate",
+    "capture",
+    "dequantize",
+    "export_onnx",
+    "fake_quantize",
+    "fold_batchnorm",
+    "load",
+    "lower",
+    "place",
+    "predict",
+    "quantize",
+    "quantize_tensor",
+    "run",
+    "run_integer",
+    "save",
+    "simulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'halfbyte' has no attribute '{name}'")
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(importlib.import_module(f"halfbyte.{module}"), attribute or name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """Functions and the modules that hold them share names (``place.place``); in the package the function has the name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _WHERE):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
