@@ -1,8 +1,6 @@
 """Every source gives the same batches on every pass, and whatever is wrong with the data is said in words."""
 
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfbyte.data import Labelled, Samples, calibration, check_inputs, labelled, load_callable
+from halfbyte.data import Labelled, Samples, calibration, check_inputs, labelled
 from halfbyte.errors import DataError, UsageError
 from halfbyte.preprocess import Preprocess
 
@@ -207,48 +205,6 @@ def test_items_of_every_form() -> None:
     assert [b[0].tolist() for b in calib(lambda: x)] == [x.tolist()]
 
 
-def test_one_shot_generator_can_be_iterated_twice_though_it_reuses_its_buffer() -> None:
-    drawn = []
-
-    def forever() -> Iterator[torch.Tensor]:
-        buffer = torch.zeros(4, 1)
-        while True:
-            drawn.append(1)
-            yield buffer
-            buffer += 1
-
-    samples = calib(forever(), samples=10)
-    assert values(samples) == values(samples) == [0] * 4 + [1] * 4 + [2] * 2
-    assert len(drawn) == 3
-
-
-def test_data_loader_is_used_as_it_is_unless_it_shuffles() -> None:
-    data = torch.arange(64.0).reshape(64, 1)
-    still = calib(torch.utils.data.DataLoader(data, batch_size=8), samples=20)
-    assert values(still) == values(still) == list(range(20))
-    shuffled = calib(torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
-    list(shuffled)
-    with pytest.raises(DataError, match="differs from the one of an earlier pass; turn off shuffling"):
-        list(shuffled)
-
-
-@pytest.mark.parametrize("lengths", [(2, 1), (1, 2)])
-def test_passes_of_different_length_are_noticed(lengths: tuple[int, int]) -> None:
-    left = list(lengths)
-    samples = calib(lambda: [torch.ones(2, 1)] * left.pop(0))
-    list(samples)
-    with pytest.raises(DataError, match=r"batch 1 .* differs"):
-        list(samples)
-
-
-def test_exhausted_source_is_noticed() -> None:
-    kept = iter([torch.ones(2, 1)])
-    samples = calib(lambda: kept)
-    list(samples)
-    with pytest.raises(DataError, match="gives no batches"):
-        list(samples)
-
-
 @pytest.mark.parametrize(
     ("items", "names", "words"),
     [
@@ -267,12 +223,6 @@ def test_exhausted_source_is_noticed() -> None:
 def test_unusable_batches(items: Any, names: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError, match=words):
         list(calib(items, names=names))
-
-
-def test_code_that_fails_is_named_with_its_line(tmp_path: Path) -> None:
-    spec = write(tmp_path / "c.py", "import torch\ndef f():\n yield torch.ones(2)\n torch.ones(-1)\n") + ":f"
-    with pytest.raises(DataError, match=r"c\.py:f fails with RuntimeError: .*\(c\.py, line 4\)"):
-        list(calib(spec))
 
 
 @pytest.mark.parametrize(
@@ -312,13 +262,15 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path / "l"
 
 
-def test_names_count_in_sorted_order(classes: Path) -> None:
+def test_pictures_come_with_the_class_of_their_folder(classes: Path, tmp_path: Path) -> None:
     data = label(classes, batch=5)
     assert data.count == 12
     assert targets(data) == targets(data) == [0] * 4 + [1] * 4 + [2] * 4
     for (batch,), target in data:
         assert target.dtype == torch.int64
         assert torch.equal(torch.div(batch[:, 0, 0, 0], 10, rounding_mode="floor").long(), target)
+    path = write(tmp_path / "names.txt", "eel\ndog\ncat")
+    assert targets(label(classes, classes=path)) == [2] * 4 + [1] * 4 + [0] * 4
 
 
 def test_limit_is_spread_over_the_classes(classes: Path) -> None:
@@ -326,60 +278,9 @@ def test_limit_is_spread_over_the_classes(classes: Path) -> None:
     assert label(classes, limit=100).count == 12
 
 
-def test_numbers_are_indices(tmp_path: Path) -> None:
-    for name in ("2", "10", "007"):
-        picture(tmp_path / name / "a" / "x.png")
-    assert targets(label(tmp_path, outputs=11)) == [7, 10, 2]
-    assert targets(label(tmp_path, outputs=None)) == [7, 10, 2]
-    with pytest.raises(DataError, match="10 is class 10 but the network has 10 outputs"):
-        label(tmp_path, outputs=10)
-
-
-@pytest.mark.parametrize("outputs", [4, None])
-def test_names_that_do_not_match_the_outputs_need_a_class_file(classes: Path, outputs: int | None) -> None:
-    with pytest.raises(DataError, match=r"3 class folders \(cat, \.\.\.\).*give a class file"):
-        label(classes, outputs=outputs)
-
-
-@pytest.mark.parametrize("kind", ["txt", "json"])
-def test_class_file_gives_the_index(classes: Path, tmp_path: Path, kind: str) -> None:
-    names = ["eel", "fox", "dog", "cat"]
-    text = json.dumps({n: i for i, n in enumerate(names)}) if kind == "json" else "\n".join(names) + "\n\n"
-    path = write(tmp_path / f"names.{kind}", text)
-    assert targets(label(classes, outputs=4, classes=path)) == [3] * 4 + [2] * 4 + [0] * 4
-    with pytest.raises(DataError, match="cat is class 3 but the network has 3 outputs"):
-        label(classes, outputs=3, classes=path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "words"),
-    [
-        ("c.txt", "cats\ndog\neel", r"folder 'cat' is not in the class file .* \(near are cats\)"),
-        ("c.txt", "cat\ndog\ncat", "holds 'cat' twice"),
-        ("c.json", "{", "is not valid"),
-        ("c.json", '["cat"]', "one object of names and indices"),
-        ("c.json", '{"cat": "0"}', "one object of names and indices"),
-        ("c.json", '{"cat": -1, "dog": 0, "eel": 1}', "cat is class -1"),
-        ("c.json", None, "cannot be read"),
-    ],
-)
-def test_unusable_class_files(classes: Path, tmp_path: Path, name: str, text: str | None, words: str) -> None:
-    path = tmp_path / name
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(DataError, match=words):
-        label(classes, classes=path)
-
-
 def test_class_file_is_for_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="applies to a folder"):
         label({"x": np.ones(2), "target": np.zeros(2, int)}, classes=tmp_path / "c.txt")
-
-
-def test_picture_outside_the_class_folders_is_named(classes: Path) -> None:
-    picture(classes / "loose.png")
-    with pytest.raises(DataError, match=r"loose\.png lies in no class folder"):
-        label(classes)
 
 
 def test_npz_with_target(tmp_path: Path) -> None:
@@ -420,65 +321,6 @@ def test_labelled_code(tmp_path: Path) -> None:
     assert data.count is None
     assert targets(data) == targets(data) == [0, 0, 0, 0, 1, 1]
     assert [b[0].shape for b, _ in data] == [(4, 2), (2, 2)]
-
-
-# Code of the user
-
-
-def test_same_file_is_one_module_and_files_of_one_name_are_two(tmp_path: Path) -> None:
-    found = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        code = "from dataclasses import dataclass\n@dataclass\nclass K:\n  a: int = 0\ndef f(): return K\n"
-        spec = write(tmp_path / name / "loader.py", code) + ":f"
-        assert load_callable(spec) is load_callable(spec)
-        found.append(load_callable(spec)())
-    assert found[0] is not found[1]
-
-
-def test_neighbours_can_be_imported_even_when_called(tmp_path: Path) -> None:
-    write(tmp_path / "neighbour_of_loader.py", "value = 7\n")
-    spec = write(tmp_path / "loader.py", "def f():\n import neighbour_of_loader as n\n return n.value\n") + ":f"
-    assert load_callable(spec)() == 7
-
-
-def test_module_of_the_path() -> None:
-    assert load_callable("json:dumps") is json.dumps
-
-
-@pytest.mark.parametrize(
-    ("code", "spec", "words"),
-    [
-        ("", "loader.py", "names no function"),
-        ("", "loader.py:", "names no function"),
-        ("", "other.py:f", r"there is no file other\.py"),
-        ("", "no_such_module_here:f", "there is no module 'no_such_module_here'"),
-        ("", "json.nothing:f", "there is no module 'json.nothing'"),
-        ("a = 1\nb = 1 / 0\n", "loader.py:f", r"ZeroDivisionError: .*\(loader\.py, line 2\)"),
-        ("a = 1\nb = (\n", "loader.py:f", r"SyntaxError: .*\(loader\.py, line 2\)"),
-        ("import no_such_neighbour\n", "loader.py:f", r"ModuleNotFoundError: .*\(loader\.py, line 1\)"),
-        ("import sys\nsys.exit(3)\n", "loader.py:f", r"SystemExit: 3 \(loader\.py, line 2\)"),
-        ("def calibrate(): pass\n", "loader.py:calibrat", "has no 'calibrat'; near are calibrate"),
-        ("", "loader.py:f", "has no functions"),
-        ("f = 3\n", "loader.py:f", "is a int, which cannot be called"),
-    ],
-)
-def test_unusable_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, spec: str, words: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "loader.py", code)
-    with pytest.raises(UsageError, match=words) as caught:
-        load_callable(spec)
-    assert "\n" not in str(caught.value)
-
-
-def test_failed_import_can_be_repaired(tmp_path: Path) -> None:
-    path = tmp_path / "loader.py"
-    before = set(sys.modules)
-    with pytest.raises(UsageError):
-        load_callable(write(path, "1 / 0") + ":f")
-    assert not {m for m in set(sys.modules) - before if m.startswith("halfbyte_file")}
-    write(path, "def f():\n    return 'a longer file'\n")
-    assert load_callable(f"{path}:f")() == "a longer file"
 
 
 # The inputs of the network

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -82,9 +82,9 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
     with _eval_mode(net), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if len(sizes) == 1 and all(t.ndim for t in inputs):
-            batch = Dim("batch", min=1)
+            example = doubled(inputs)
             try:
-                return export(net, doubled(inputs), dynamic_shapes=_all_dynamic(net, inputs, batch))
+                return export(net, example, dynamic_shapes=_free_batch(example))
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
         try:
@@ -93,8 +93,12 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
             raise CaptureError(f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}") from error
 
 
-def _all_dynamic(net: nn.Module, inputs: Inputs, batch: Any) -> Any:
-    return tuple({0: batch} for _ in inputs)
+def _free_batch(inputs: Inputs) -> ShapesCollection:
+    """The first dimension of every input is one free size, however ``forward`` names or packs its arguments."""
+    shapes, batch = ShapesCollection(), Dim("batch", min=1)
+    for tensor in inputs:
+        shapes[tensor] = {0: batch}  # type: ignore[no-untyped-call]
+    return shapes
 
 
 def _first_line(error: BaseException) -> str:

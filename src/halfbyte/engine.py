@@ -24,7 +24,7 @@ INTEGER_KERNELS = (
 # Operations that compute; everything else moves data, converts it or works on sizes.
 _MOVES = set(
     "Cast Clip Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather Identity MaxPool Max Min Pad QuantizeLinear "
-    "Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose Unsqueeze DepthToSpace SpaceToDepth".split()
+    "NhwcMaxPool Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose Unsqueeze DepthToSpace SpaceToDepth".split()
 )
 
 
@@ -73,9 +73,14 @@ def kernels(graph: onnx.ModelProto) -> tuple[Mapping[str, int], list[tuple[str, 
     for node in graph.graph.node:
         if node.op_type in INTEGER_KERNELS:
             integer[node.op_type] = integer.get(node.op_type, 0) + 1
-        elif node.op_type not in _MOVES and types.get(node.output[0]) in (None, TensorProto.FLOAT, TensorProto.FLOAT16):
+        elif node.op_type not in _MOVES and not _repeats(node) and types.get(node.output[0]) in (None, TensorProto.FLOAT, TensorProto.FLOAT16):
             floats.append((node.op_type, node.name))
     return integer, floats
+
+
+def _repeats(node: onnx.NodeProto) -> bool:
+    """A resize that only repeats values."""
+    return node.op_type == "Resize" and any(a.name == "mode" and a.s == b"nearest" for a in node.attribute)
 
 
 @functools.cache
@@ -117,7 +122,7 @@ def fuses_additions() -> bool:
     for fused in (True, False):
         codes = [torch.from_numpy(v.astype(np.float32)) for v in (a, b)]
         ratio = [torch.tensor(scales[k], dtype=torch.float32) / torch.tensor(scales["y"], dtype=torch.float32) for k in "ab"]
-        shift = -(ratio[0] * zeros["a"] + ratio[1] * zeros["b"])
+        shift = -multiply_add(ratio[0], torch.tensor(float(zeros["a"])), ratio[1] * zeros["b"], fused)
         sums = multiply_add(codes[0], ratio[0], multiply_add(codes[1], ratio[1], shift, fused), fused)
         wrong.append(int((torch.round(sums).clamp(0, 255).numpy().astype(np.int64) != got).sum()))
     return wrong[0] <= wrong[1]  # hundreds of pairs differ between the two

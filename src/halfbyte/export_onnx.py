@@ -147,11 +147,8 @@ def _quantize(x: Any, scale: Any, zero: Any, axis: int, name: str) -> Any:
 
 
 def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: int, name: str) -> Any:
-    if bits <= 4 and codes.producer() is None:  # a stored weight: the cast is folded when the file is loaded
-        codes = op.Cast(codes, to=ir.DataType.INT8)
-        codes.producer().metadata_props[_BITS] = str(bits)
     y = op.DequantizeLinear(codes, scale, zero, axis=axis) if axis >= 0 else op.DequantizeLinear(codes, scale, zero)
-    y.producer().metadata_props[_VALUE] = name
+    y.producer().metadata_props.update({_VALUE: name, _BITS: str(bits)})
     return y
 
 
@@ -224,6 +221,23 @@ def _restore_names(model: ir.Model, original: Mapping[str, str]) -> None:
             node.name = name
             if node.op_type == "QuantizeLinear" and name not in taken:
                 _name_codes(node, name)
+    _make_unique(graph)
+
+
+def _make_unique(graph: ir.Graph) -> None:
+    """The exporter's own names ("conv", "add_1") give way where an input, output or parameter of the network has that name."""
+    taken = {str(v.name) for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    kept = {id(v) for v in graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if id(value) in kept or not value.name:
+                continue
+            name, count = str(value.name), 0
+            while name in taken:
+                count += 1
+                name = f"{value.name}.{count}"
+            value.name = name
+            taken.add(name)
 
 
 def _name_codes(node: ir.Node, name: str) -> None:
@@ -238,14 +252,20 @@ def _name_codes(node: ir.Node, name: str) -> None:
 
 
 def _pack(model: ir.Model) -> None:
-    """Weights of 4 and fewer bits become INT4 tensors; the cast behind them is folded when the file is loaded."""
-    for node in model.graph:
-        if _BITS in node.metadata_props and node.op_type == "Cast":
-            value = node.inputs[0]
-            assert value is not None and value.const_value is not None  # noqa: S101,PT018 - a stored weight
-            codes = value.const_value.numpy()
-            packed = ir.Tensor(codes.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=value.name)
-            value.const_value, value.dtype = packed, ir.DataType.INT4
+    """Weights of 4 and fewer bits become INT4 tensors, cast to INT8; the engine folds the cast when it loads the file."""
+    for node in list(model.graph):
+        codes = node.inputs[0] if int(node.metadata_props.get(_BITS, 8)) <= 4 else None
+        if codes is None or codes.const_value is None or codes.dtype is not ir.DataType.INT8:
+            continue
+        stored = codes.const_value.numpy().astype(ir.DataType.INT4.numpy())
+        codes.const_value = ir.Tensor(stored, dtype=ir.DataType.INT4, name=codes.name)
+        codes.dtype = ir.DataType.INT4
+        cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}:unpacked")
+        cast.outputs[0].name = cast.name
+        model.graph.insert_before(node, cast)
+        for user, index in list(codes.uses()):
+            if user is not cast:
+                user.replace_input_with(index, cast.outputs[0])
 
 
 def _strip(model: ir.Model, metadata: Mapping[str, str]) -> None:

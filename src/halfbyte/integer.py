@@ -5,7 +5,7 @@ comparison with ONNX Runtime 1.31 and are checked against it on every export (``
 kernel are evaluated in float32 on the dequantized values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,13 @@ def run_integer(low: QModel, x: Inputs, tap: Tap = keep) -> Outputs:
     are dequantized. The result does not depend on the number of threads or the order of sums.
     """
     with torch.inference_mode(), _ieee_float32():
-        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap)))
+        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, KERNELS)))
+
+
+def run_simulated(low: QModel, x: Inputs) -> Outputs:
+    """Evaluate a lowered model in float arithmetic: every operation on dequantized values, as training and search see it."""
+    with torch.inference_mode():
+        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(keep, {})))
 
 
 class _ieee_float32:  # noqa: N801 - a context manager
@@ -98,7 +104,7 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _evaluator(tap: Tap) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
+def _evaluator(tap: Tap, kernels: Mapping[Any, Callable[..., Any]]) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
     def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target is DEQUANTIZE:
             codes, scale, zero, axis, group = args[:5]
@@ -112,7 +118,7 @@ def _evaluator(tap: Tap) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]],
             codes, lo, hi, axis = args
             clipped = torch.minimum(torch.maximum(codes, _along(lo.float(), codes, axis)), _along(hi.float(), codes, axis))
             return tap(value_name(node), clipped)
-        kernel = KERNELS.get(node.target)
+        kernel = kernels.get(node.target)
         if kernel is not None and _all_codes(node, args) and _written(node):
             return kernel(*args, **kwargs)
         return evaluate_plainly(node, _map_real(args), _map_real(kwargs))
@@ -235,17 +241,17 @@ def _add(a: Codes, b: Codes) -> Pending:
 
     def write(s_y: Tensor, z_y: Tensor) -> Tensor:
         ra, rb = a.scale / s_y, b.scale / s_y
-        shift = z_y - (ra * a.zero.float() + rb * b.zero.float())
+        shift = z_y - multiply_add(ra, a.zero.float(), rb * b.zero.float(), fused)
         return torch.round(multiply_add(a.codes, ra, multiply_add(b.codes, rb, shift, fused), fused))
 
     return Pending(write, a.real + b.real)
 
 
 def _mul(a: Codes, b: Codes) -> Pending:
-    """QLinearMul: ``rint((a - z_a)(b - z_b) (s_a s_b / s_y)) + z_y``."""
+    """QLinearMul: ``rint((a - z_a)(b - z_b) (s_a s_b / s_y) + z_y)``; here too the zero-point comes before the rounding."""
 
     def write(s_y: Tensor, z_y: Tensor) -> Tensor:
-        return torch.round((a.centred * b.centred) * (a.scale * b.scale / s_y)) + z_y
+        return torch.round((a.centred * b.centred) * (a.scale * b.scale / s_y) + z_y)
 
     return Pending(write, a.real * b.real)
 
@@ -257,12 +263,12 @@ def _concat(tensors: list[Codes], dim: int = 0) -> Pending:
 
 
 def _global_average(x: Codes) -> Pending:
-    """QLinearGlobalAveragePool: ``rint(acc (s_x / s_y / n)) + z_y`` with an exact accumulator."""
+    """QLinearGlobalAveragePool: ``rint(acc (s_x / (s_y n))) + z_y`` with an exact accumulator."""
     count = x.codes[0, 0].numel()
     acc = x.centred.double().flatten(2).sum(2).reshape(*x.codes.shape[:2], *[1] * (x.codes.ndim - 2))
 
     def write(s_y: Tensor, z_y: Tensor) -> Tensor:
-        return torch.round(acc.float() * (x.scale / s_y / count)) + z_y
+        return torch.round(acc.float() * (x.scale / (s_y * count))) + z_y
 
     return Pending(write, acc.float() * (x.scale / count))
 

@@ -147,7 +147,9 @@ def _lower_node(low: _Lowering, node: fx.Node) -> None:
 
 
 def _real(low: _Lowering, node: Any) -> fx.Node:
-    return low.dequantized(node) if node in low.codes else low.real[node]
+    if "list" in node.meta and node not in low.real:  # a list of codes has no grid of its own: its items may be read either way
+        low.real[node] = _lower_operation(low, node)
+    return low.dequantized(node) if node in low.codes and "list" not in node.meta else low.real[node]
 
 
 def _for_size(low: _Lowering, node: fx.Node) -> fx.Node:

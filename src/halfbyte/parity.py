@@ -12,10 +12,9 @@ from torch import Tensor, fx
 
 from halfbyte import engine
 from halfbyte.graph import output_values
-from halfbyte.integer import KERNELS, run_integer
+from halfbyte.integer import FLOAT_WRITERS, KERNELS, run_integer, run_simulated
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import CLIP_CODES, DEQUANTIZE, QUANTIZE
-from halfbyte.run import run
 
 # All values of this many samples are held at once.
 _BATCH = 4
@@ -129,8 +128,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         codes = {v: torch.from_numpy(values[codes_name(v)].astype(np.float32)) for v in names}
         forced = run_integer(low, batch, _comparing(count, codes, written))
         _compare_outputs(count, low, forced, outputs)
-        with torch.inference_mode():
-            simulated = run(low, batch)
+        simulated = run_simulated(low, batch)
         agreed += _same_decisions(simulated[0], torch.from_numpy(outputs[0]))
         farthest = max(farthest, *(float((s.double() - torch.from_numpy(o).double()).abs().max()) for s, o in zip(simulated, outputs, strict=True)))
     return Parity(
@@ -219,7 +217,7 @@ def _from_integers(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or node.target in (QUANTIZE, CLIP_CODES):
         return False
-    if node.target in KERNELS and node.all_input_nodes:
+    if node.target in FLOAT_WRITERS:
         operands = [a for a in node.all_input_nodes if a.op != "get_attr"]
         return bool(operands) and all(a.target is DEQUANTIZE for a in operands)
     return False

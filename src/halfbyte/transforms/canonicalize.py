@@ -67,7 +67,7 @@ def drop_identity(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: l
 
 def any_reshape(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """A view demands a memory layout that dropped copies no longer guarantee; a reshape does not."""
-    if node.target is not aten.view.default:
+    if node.target not in (aten.view.default, aten._unsafe_view.default):
         return False
     _rewrite(graph, node, aten.reshape.default, node.args)
     return True

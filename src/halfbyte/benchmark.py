@@ -1,0 +1,89 @@
+"""How fast: the quantized file against the float network in the same engine and process, runs interleaved."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from halfbyte import engine
+from halfbyte.calibrate import Progress, silent
+from halfbyte.errors import UsageError
+from halfbyte.export_onnx import example_inputs, to_onnx
+from halfbyte.model import QModel
+
+_SHARE = 0.05  # the interval leaves out this share of the rounds' ratios on each side
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Median milliseconds of both, and the ratio float / quantized: median and 90 % spread over the rounds."""
+
+    float_ms: float
+    quantized_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    rounds: int
+    batch: int
+    threads: int
+    engine: str = f"ONNX Runtime {ort.__version__}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f} times as fast as float (90 % of rounds {self.ratio_low:.2f} to {self.ratio_high:.2f}): "
+            f"{self.quantized_ms:.2f} ms instead of {self.float_ms:.2f} ms, batch {self.batch}, {self.threads} threads"
+        )
+
+
+def float_file(m: QModel, path: Path) -> None:
+    """Write the float network as ONNX, in the same way as the quantized one."""
+    ir.save(to_onnx(m.as_float()), str(path))
+
+
+def benchmark(
+    m: QModel, quantized: Path, reference: Path, *, batch: int = 1, rounds: int = 50, threads: int, progress: Progress = silent
+) -> Benchmark:
+    """Time two files of the same network. Each round runs both, in alternating order, so that both see the same machine."""
+    if rounds < 3 or batch < 1 or threads < 1:
+        raise UsageError("a benchmark needs at least 3 rounds, a batch of 1 and 1 thread")
+    if not m.dynamic:
+        batch = int(m.inputs[0].meta["shape"][0])
+    arrays = [t.numpy() for t in (tuple(s[:batch] for s in m.samples) if m.samples else example_inputs(m, batch))]
+    arrays = [np.resize(a, (batch, *a.shape[1:])) for a in arrays]
+    sessions = [engine.session(p, threads=threads) for p in (reference, quantized)]
+    times = interleaved([_runner(s, arrays) for s in sessions], rounds, progress)
+    ratios = sorted(f / q for f, q in zip(*times, strict=True))
+    cut = int(len(ratios) * _SHARE)
+    medians = [statistics.median(t) * 1e3 for t in times]
+    return Benchmark(*medians, statistics.median(ratios), ratios[cut], ratios[-1 - cut], rounds, batch, threads)
+
+
+def _runner(s: Any, arrays: list[Any]) -> Callable[[], Any]:
+    feed = {i.name: a for i, a in zip(s.get_inputs(), arrays, strict=True)}
+    return lambda: s.run(None, feed)
+
+
+def interleaved(calls: list[Callable[[], Any]], rounds: int, progress: Progress = silent) -> list[list[float]]:
+    """Seconds of each call in each round; the order alternates, and short calls are repeated to about 20 ms."""
+    repeats = []
+    for call in calls:
+        call()  # the first run allocates
+        start = time.perf_counter()
+        call()
+        repeats.append(max(1, round(0.02 / max(time.perf_counter() - start, 1e-6))))
+    times: list[list[float]] = [[] for _ in calls]
+    for i in range(rounds):
+        order = range(len(calls)) if i % 2 == 0 else reversed(range(len(calls)))
+        for j in order:
+            start = time.perf_counter()
+            for _ in range(repeats[j]):
+                calls[j]()
+            times[j].append((time.perf_counter() - start) / repeats[j])
+        progress("benchmark", i + 1, rounds)
+    return times

@@ -1,0 +1,457 @@
+"""The command line. torch is imported when a command starts its work, so that ``--help`` answers at once."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from halfbyte import __version__
+from halfbyte.errors import HalfbyteError, UsageError
+
+_TARGETS = ("onnxruntime", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
+_INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Every deliberate error becomes one readable line on stderr and its exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except HalfbyteError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; what was finished is kept: run the same command with --resume to go on", _INTERRUPTED)
+        except MemoryError:
+            _fail("out of memory: use a smaller --batch", 1)
+        except OSError as error:
+            where = f" '{error.filename}'" if error.filename else ""
+            _fail(f"{error.strerror or error}{where}", 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"halfbyte: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+def _context() -> dict[str, Any]:
+    return {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+@click.group(cls=_Commands, context_settings=_context())
+@click.version_option(__version__, prog_name="halfbyte")
+def main() -> None:
+    """Turn a trained PyTorch network into one that runs on integers, with a file proven equal to the simulation.
+
+    Exit status: 0 done, 2 bad usage or input, 4 the exported file is not proven, 130 interrupted.
+    """
+
+
+def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
+    return click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")(command)
+
+
+def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--checkpoint", metavar="FILE", help="Parameters for the network: .safetensors or .pt."),
+        click.option("--trust", is_flag=True, help="Open files that need pickle, which can run any code."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--size", metavar="N|HxW", help="Height and width that the network takes."),
+        click.option("--resize", type=int, metavar="N", help="Short side before the crop [default: size * 256 / 224]."),
+        click.option("--crop", type=click.Choice(["center", "none"]), help="How the size is reached [default: center]."),
+        click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), help="[default: bilinear]"),
+        click.option("--color", type=click.Choice(["rgb", "bgr", "gray"]), help="Order of the channels [default: rgb]."),
+        click.option("--mean", metavar="X|R,G,B", help="Subtracted from pixels of 0..255."),
+        click.option("--std", metavar="X|R,G,B", help="Divides what is left."),
+        click.option("--preprocess", "preprocess_file", metavar="FILE", help="All of these from a .json or .toml file."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _preprocess(options: dict[str, Any], fallback: Any = None) -> Any:
+    """The pre-processing that the options describe; ``fallback`` if none is given."""
+    from halfbyte.preprocess import Preprocess, parse_size, parse_triple
+
+    file = options.pop("preprocess_file")
+    given = {k: options.pop(k) for k in ("size", "resize", "crop", "interpolation", "color", "mean", "std")}
+    given = {k: v for k, v in given.items() if v is not None}
+    if file is not None:
+        if given:
+            raise UsageError(f"--preprocess and --{next(iter(given))} were both given: put everything in the file or in the options")
+        return Preprocess.from_file(file)
+    if not given:
+        return fallback
+    if "size" in given:
+        given["size"] = parse_size(given["size"])
+    for key in ("mean", "std"):
+        if key in given:
+            given[key] = parse_triple(given[key])
+    return Preprocess(**given)
+
+
+class _Progress:
+    """Stages and counts on stderr: a bar with the time left on a terminal, nothing elsewhere."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.bar: Any = None
+        self.task: Any = None
+        self.stage = ""
+
+    def __enter__(self) -> "_Progress":
+        if self.shown:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if self.bar is None:
+            return
+        if stage != self.stage:
+            if self.task is not None:
+                self.bar.remove_task(self.task)
+            self.task, self.stage = self.bar.add_task(stage, total=total), stage
+        self.bar.update(self.task, completed=done, total=total)
+
+
+def _say(quiet: bool, text: str) -> None:
+    if not quiet:
+        click.echo(text, err=True)
+
+
+def _print(as_json: bool, quiet: bool, data: Any, text: str) -> None:
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+    elif not quiet:
+        click.echo(text)
+
+
+def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise UsageError("--weights is not an option: use --weight-bits for widths, or --checkpoint for a file with parameters")
+
+
+def _threads(threads: int | None) -> int:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+@main.command()
+@click.argument("network")
+@click.option("--calibration", metavar="DATA", help="Unlabelled data: a folder of pictures, .npy, .npz or file.py:callable.")
+@click.option("-o", "--output", default="out", help="Folder for the result.")
+@click.option("--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + ".")
+@click.option("--bits", metavar="WxAy", help="Widths of weights and activations [default: W8A8].")
+@click.option("--weight-bits", type=int, metavar="N", help="Width of weights alone.")
+@click.option("--activation-bits", type=int, metavar="N", help="Width of activations alone.")
+@click.option("--samples", default=256, help="Calibration samples to use.")
+@click.option("--batch", default=32, help="Samples at a time.")
+@click.option("--seed", default=0, help="Chooses the samples.")
+@click.option("--activation-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule.")
+@click.option("--weight-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule.")
+@click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
+@click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
+@click.option("--container", type=click.Choice(["packed", "int8"]), default="packed", help="How weights below 8 bits are stored.")
+@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
+@click.option("--weights", hidden=True, expose_value=False, callback=_no_weights, is_eager=True)
+@_network_options
+@_preprocess_options
+@_output_options
+def quantize(
+    network: str,
+    calibration: str | None,
+    output: str,
+    bits: str | None,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    keep_float: tuple[str, ...],
+    ranges: tuple[str, ...],
+    threads: int | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Quantize NETWORK (file.py:callable, package.module:callable or net.pt2), export it to ONNX and prove the file."""
+    if calibration is None:
+        raise UsageError("no calibration data: give --calibration, a folder of some hundred unlabelled pictures, .npy, .npz or file.py:callable")
+    if bits is not None and (weight_bits is not None or activation_bits is not None):
+        raise UsageError("--bits and --weight-bits or --activation-bits were both given: use one form")
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other: choose one")
+    if options["samples"] < 1 or options["batch"] < 1:
+        raise UsageError("--samples and --batch must be at least 1")
+    from halfbyte.formats import parse_bits
+
+    bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
+    parse_bits(bits)
+    preprocess = _preprocess(options)
+    from halfbyte.job import Settings, check_output, quantize_job
+
+    check_output(Path(output), resume=resume, overwrite=overwrite)
+    _threads(threads)
+    settings = Settings(
+        network=network,
+        calibration=calibration,
+        output=output,
+        bits=bits.upper(),
+        keep_float=keep_float,
+        ranges=ranges,
+        preprocess=None if preprocess is None else preprocess.to_dict(),
+        **options,
+    )
+    _announce(settings, quiet)
+    with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
+        described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
+    _print(as_json, quiet, described, _verdict(described, output))
+
+
+def _announce(settings: Any, quiet: bool) -> None:
+    """The first line: for which engine, and what its variant means on this machine."""
+    from halfbyte import engine
+    from halfbyte.targets import find
+
+    target = find(settings.target, saturates=engine.saturates())
+    note = ""
+    if target.narrow_products:
+        note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
+    _say(quiet, f"{settings.bits} for {target.name}{note}, {settings.samples} samples, seed {settings.seed}")
+
+
+def _friendly_warnings(quiet: bool) -> Any:
+    """Warnings of Halfbyte as one line on stderr; those of libraries stay out of the way."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def redirected() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module="halfbyte")
+            warnings.showwarning = lambda message, *_: _say(quiet, f"warning: {message}")  # type: ignore[assignment]
+            logging.getLogger("torch").setLevel(logging.ERROR)
+            yield
+
+    return redirected()
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["halfbyte", *sys.argv[1:]])
+
+
+def _verdict(described: dict[str, Any], output: str) -> str:
+    parity, size = described["parity"], described["size"]
+    layers = described["layers"]
+    integer = sum(row["integer"] for row in layers)
+    proven = "not proven" if parity is None else f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
+    seconds = sum(s["seconds"] for s in described["stages"])
+    lines = [
+        f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
+        f"{integer} of {len(layers)} layers in integers; {len(described['float_left'])} operations in float; {seconds:.0f} s",
+        f"{output}/report.html has the details",
+    ]
+    return "\n".join(lines)
+
+
+@main.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help="Labelled data: a folder for each class, .npz with 'target', or file.py:callable.")
+@click.option("--metric", metavar="FILE:CALLABLE", help="Another task: a function (forward, data) or (forward) that scores.")
+@click.option("--classes", metavar="FILE", type=click.Path(path_type=Path), help="Class names in the order of the outputs.")
+@click.option("--limit", type=int, help="Use only so many samples.")
+@click.option("--batch", default=50, help="Samples at a time.")
+@click.option("--threads", type=int, help="[default: all cores]")
+@_preprocess_options
+@_output_options
+def evaluate(
+    output: Path,
+    data: str | None,
+    metric: str | None,
+    classes: Path | None,
+    limit: int | None,
+    batch: int,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Score the float network, the simulation and the exported file of OUT side by side."""
+    if data is None and metric is None:
+        raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
+    from halfbyte.data import labelled
+    from halfbyte.evaluate import evaluate as score
+    from halfbyte.job import open_output, write_summary
+    from halfbyte.loading import load_callable
+
+    m, file, kept, described = open_output(output)
+    preprocess = _preprocess(options, kept)
+    names = [str(n.target) for n in m.inputs]
+    shape = described["outputs"][0]["shape"]
+    outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
+    source = None
+    if data is not None:
+        source = labelled(data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes)
+    own = load_callable(metric) if metric is not None else None
+    with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
+        result = score(m, source, file=file, metric=own, threads=_threads(threads), progress=progress)
+    described["evaluation"] = result.to_dict()
+    write_summary(output, described)
+    _print(as_json, quiet, described["evaluation"], _scores(result))
+
+
+def _scores(result: Any) -> str:
+    ways = [w for w in ("float", "simulation", "file") if any(w in s for s in result.scores.values())]
+    lines = [f"{result.samples} samples" if result.samples else "", f"{'':14}" + "".join(f"{w:>12}" for w in ways)]
+    for name, scores in result.scores.items():
+        lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
+    if result.difference is not None:
+        d = result.difference
+        lines.append(f"difference from float: {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)")
+    if "file_simulation" in result.agreement:
+        lines.append(f"file and simulation decide alike on {result.agreement['file_simulation']:.2%} of the samples")
+    lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in result.disagreements[:20]]
+    return "\n".join(line for line in lines if line)
+
+
+@main.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--rounds", default=50, help="Interleaved rounds.")
+@click.option("--batch", default=1, help="Samples at a time.")
+@click.option("--threads", type=int, help="[default: all cores]")
+@_output_options
+def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Time the exported file of OUT against the float network, in the same engine and process."""
+    import tempfile
+
+    from halfbyte.benchmark import benchmark as measure
+    from halfbyte.benchmark import float_file
+    from halfbyte.job import open_output, write_summary
+
+    m, file, _, described = open_output(output)
+    if file is None:
+        raise UsageError(f"'{output}' has no proven model.onnx to time")
+    with tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch, _Progress(quiet or as_json) as progress:
+        reference = Path(scratch) / "float.onnx"
+        progress("export float", 0, None)
+        float_file(m, reference)
+        result = measure(m, file, reference, batch=batch, rounds=rounds, threads=_threads(threads), progress=progress)
+    described["benchmark"] = vars(result)
+    write_summary(output, described)
+    _print(as_json, quiet, vars(result), str(result))
+
+
+@main.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@_output_options
+def report(output: Path, as_json: bool, quiet: bool) -> None:
+    """(Re)write OUT/report.html from OUT/summary.json."""
+    from halfbyte import report as page
+    from halfbyte.job import REPORT, read_summary
+
+    described = read_summary(output)
+    page.write(described, output / REPORT)
+    _print(as_json, quiet, {"report": str(output / REPORT)}, str(output / REPORT))
+
+
+@main.command()
+@click.argument("thing", metavar="NETWORK|OUT|MODEL.ONNX")
+@_network_options
+@_preprocess_options
+@_output_options
+def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Look at a network, a result or an ONNX file: layers, names, shapes, MACs, ranges, formats. Changes nothing."""
+    from halfbyte.inspection import inspect_model, inspect_onnx
+
+    preprocess = _preprocess(options)
+    with _friendly_warnings(quiet):
+        if thing.endswith(".onnx"):
+            if not Path(thing).is_file():
+                raise UsageError(f"there is no file '{thing}'")
+            found = inspect_onnx(Path(thing))
+        elif Path(thing).is_dir():
+            from halfbyte.job import open_output
+
+            found = inspect_model(open_output(Path(thing))[0])
+        else:
+            from halfbyte.job import capture_network
+
+            found = inspect_model(capture_network(thing, checkpoint, trust, preprocess))
+    if as_json or quiet:
+        _print(as_json, quiet, found, "")
+    else:
+        _tables(found)
+
+
+def _tables(found: dict[str, Any]) -> None:
+    """Facts as lines, rows as a table that fits the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for key, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            columns = [c for c in value[0] if any(row[c] is not None for row in value)]
+            table = Table(*columns, title=key, title_justify="left", box=None, pad_edge=False)
+            for row in value:
+                table.add_row(*(_cell(row[c]) for c in columns))
+            console.print(table, markup=False)
+        elif key != "log":
+            console.print(f"{key}: {_cell(value)}", markup=False, highlight=False)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "x".join(str(v) for v in value) if not value or not isinstance(value[0], str) or value[0] == "batch" else ", ".join(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the script that completes halfbyte's commands and options in SHELL."""
+    from click.shell_completion import get_completion_class
+
+    completer = get_completion_class(shell)
+    if completer is None:
+        raise UsageError(f"there is no completion for {shell}")
+    click.echo(completer(main, {}, "halfbyte", "_HALFBYTE_COMPLETE").source())
+
+
+if __name__ == "__main__":
+    main()

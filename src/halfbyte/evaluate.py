@@ -1,0 +1,192 @@
+"""How good: task accuracy of the float network, the simulation and the exported file, and signal-to-noise by value."""
+
+import inspect
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte import engine
+from halfbyte.calibrate import Progress, silent
+from halfbyte.errors import DataError, UsageError
+from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.run import predict, run, simulate
+
+Forward = Callable[..., Tensor | Outputs]
+Metric = Callable[..., float | Mapping[str, float]]
+_CONFIDENCE = 1.96  # 95 % of a normal distribution
+WAYS = ("float", "simulation", "file")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference in points (hundredths), paired on the same samples, with its 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of the float network, the simulation and the file (those that were run), by metric.
+
+    scores: metric -> way -> value in 0..1 (or the unit of a metric of one's own). difference: file (or simulation) minus
+    float of the first metric. agreement: share of samples on which two ways decide alike. disagreements: samples on which
+    simulation and file decide differently, with the margin between the two classes in the file's output.
+    """
+
+    samples: int
+    scores: Mapping[str, Mapping[str, float]]
+    difference: Interval | None = None
+    agreement: Mapping[str, float] = field(default_factory=dict)
+    disagreements: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """The first metric."""
+        return next(iter(self.scores))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``summary.json`` holds it."""
+        first = self.scores[self.metric]
+        others = {m: dict(s) for m, s in self.scores.items() if m != self.metric}
+        return {
+            "metric": self.metric,
+            "samples": self.samples,
+            **first,
+            **{m.replace("-", ""): s for m, s in others.items()},
+            "difference": None if self.difference is None else vars(self.difference),
+            "agreement": dict(self.agreement),
+            "disagreements": [{"index": i, "margin": margin} for i, margin in self.disagreements],
+        }
+
+
+def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dict[str, Forward]:
+    """The three ways to run a network: float, simulation and, where there is a file, the file in its engine."""
+
+    def single(outputs: Outputs) -> Tensor | Outputs:
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    reference, tap = m.as_float(), simulate(m)
+
+    def simulated(*x: Tensor) -> Tensor | Outputs:
+        with torch.inference_mode():
+            return single(run(m, x, tap))
+
+    ways: dict[str, Forward] = {"float": lambda *x: single(predict(reference, x)), "simulation": simulated}
+    if file is not None:
+        s = engine.session(file, threads=threads)
+        ways["file"] = lambda *x: single(tuple(torch.from_numpy(a) for a in engine.infer(s, x)))
+    return ways
+
+
+def evaluate(
+    m: QModel,
+    data: Iterable[tuple[Inputs, Tensor]] | None,
+    *,
+    file: Path | None = None,
+    metric: Metric | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score the float network, the simulation and the exported file on the same labelled data.
+
+    data: batches of (inputs, class indices). metric: for any other task, a function ``(forward, data)`` or ``(forward)`` that
+    returns a number or a mapping of numbers; it is called once for each way. Without it: top-1, and top-5 from 10 classes on.
+    """
+    ways = forwards(m, file, threads=threads)
+    if metric is not None:
+        return _by_metric(ways, data, metric, progress)
+    if data is None:
+        raise UsageError("evaluation needs labelled data, or a metric of your own that brings it")
+    return _classification(ways, data, progress)
+
+
+def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:
+    scores: dict[str, dict[str, float]] = {}
+    both = len(inspect.signature(metric).parameters) > 1
+    for i, (way, forward) in enumerate(ways.items()):
+        result = metric(forward, data) if both else metric(forward)
+        named = result if isinstance(result, Mapping) else {getattr(metric, "__name__", "metric"): result}
+        for name, value in named.items():
+            scores.setdefault(str(name), {})[way] = float(value)
+        progress(f"evaluate {way}", i + 1, len(ways))
+    samples = getattr(data, "count", None) or 0
+    return Evaluation(samples, scores)
+
+
+def _classification(ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Tensor]], progress: Progress) -> Evaluation:
+    logits: dict[str, list[Tensor]] = {way: [] for way in ways}
+    targets: list[Tensor] = []
+    for i, (x, y) in enumerate(data):
+        for way, forward in ways.items():
+            out = forward(*x)
+            first = out if isinstance(out, Tensor) else out[0]
+            if first.ndim != 2:
+                raise UsageError(f"the network's first output has shape {list(first.shape)}, not [batch, classes]: give a --metric")
+            logits[way].append(first)
+        targets.append(y)
+        progress("evaluate", i + 1, None)
+    if not targets:
+        raise DataError("the labelled data is empty")
+    target = torch.cat(targets)
+    outputs = {way: torch.cat(parts) for way, parts in logits.items()}
+    decided = {way: o.argmax(1) for way, o in outputs.items()}
+    right = {way: (d == target).double() for way, d in decided.items()}
+    scores = {"top-1": {way: float(r.mean()) for way, r in right.items()}}
+    if outputs["float"].shape[1] >= 10:
+        scores["top-5"] = {w: float((o.topk(5, 1).indices == target[:, None]).any(1).double().mean()) for w, o in outputs.items()}
+    last = "file" if "file" in ways else "simulation"
+    agreement = {f"{last}_float": float((decided[last] == decided["float"]).double().mean())}
+    disagreements: tuple[tuple[int, float], ...] = ()
+    if "file" in ways:
+        differing = (decided["file"] != decided["simulation"]).nonzero().flatten().tolist()
+        agreement["file_simulation"] = 1 - len(differing) / len(target)
+        o = outputs["file"]
+        disagreements = tuple((i, float(o[i, decided["file"][i]] - o[i, decided["simulation"][i]])) for i in differing)
+    return Evaluation(len(target), scores, paired(right["float"], right[last]), agreement, disagreements)
+
+
+def paired(before: Tensor, after: Tensor) -> Interval:
+    """Mean difference ``after - before`` of two scores for each sample [N], in points, with its 95 % interval."""
+    d = ((after - before) * 100).tolist()
+    spread = _CONFIDENCE * statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    mean = statistics.fmean(d)
+    return Interval(mean, mean - spread, mean + spread)
+
+
+def signal_to_noise(m: QModel, samples: Inputs) -> dict[str, float]:
+    """Value -> 10 log10 of signal power over the power of the difference between float and simulation, in dB.
+
+    All values of ``samples`` are held at once: a handful of samples is enough.
+    """
+    floats: dict[str, Tensor] = {}
+
+    def remember(name: str, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            floats[name] = x
+        return x
+
+    found: dict[str, float] = {}
+    quantize = simulate(m)
+
+    def compare(name: str, x: Tensor) -> Tensor:
+        y = quantize(name, x)
+        if name in floats:
+            reference = floats.pop(name).double()
+            noise = float((y.double() - reference).square().sum())
+            signal = float(reference.square().sum())
+            found[name] = math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
+        return y
+
+    with torch.inference_mode():
+        run(m.as_float(), samples, remember)
+        run(m, samples, compare)
+    return found
+

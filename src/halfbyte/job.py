@@ -1,0 +1,276 @@
+"""The command ``quantize`` from start to end: stages with time and memory, an output folder that can be resumed, a report."""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from halfbyte import engine, report, summary
+from halfbyte.calibrate import Progress, silent
+from halfbyte.capture import capture
+from halfbyte.errors import ParityError, StoreError, UsageError
+from halfbyte.export_onnx import Container, export_onnx
+from halfbyte.formats import parse_bits
+from halfbyte.grids import MSE, GridRule, MinMax, Percentile
+from halfbyte.model import QModel
+from halfbyte.opening import open_network
+from halfbyte.parity import Parity
+from halfbyte.preprocess import Preprocess
+from halfbyte.quantize import quantize
+from halfbyte.store import load, save
+from halfbyte.targets import find
+
+_log = logging.getLogger("halfbyte")
+MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
+RULES: dict[str, GridRule] = {"mse": MSE(), "min-max": MinMax(), "percentile": Percentile()}
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``halfbyte quantize`` was asked to do; it is stored in ``summary.json`` and must be the same to resume."""
+
+    network: str
+    calibration: str
+    output: str
+    checkpoint: str | None = None
+    target: str = "onnxruntime"
+    bits: str = "W8A8"
+    samples: int = 256
+    batch: int = 32
+    seed: int = 0
+    activation_range: str = "mse"
+    weight_range: str = "mse"
+    keep_float: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
+    container: Container = "packed"
+    preprocess: Mapping[str, Any] | None = None
+    trust: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON, without the output folder: a moved folder can still be resumed."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "output"}
+
+
+@dataclass
+class Stages:
+    """Seconds and peak memory of each stage, as they go."""
+
+    progress: Progress = silent
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, name: str, work: Callable[[], Result]) -> Result:
+        """Do one stage and note what it cost."""
+        self.progress(name, 0, None)
+        start = time.perf_counter()
+        with _peak_memory() as peak:
+            result = work()
+        self.rows.append({"name": name, "seconds": round(time.perf_counter() - start, 3), "peak_memory_bytes": peak[0]})
+        return result
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """The largest resident size of this process while the block runs, sampled 50 times a second."""
+    process, peak, done = psutil.Process(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    peak[0] = process.memory_info().rss
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def parse_ranges(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """``input=0..1`` -> {"input": (0.0, 1.0)}."""
+    found = {}
+    for text in texts:
+        name, _, span = text.rpartition("=")
+        low, dots, high = span.partition("..")
+        try:
+            found[name] = (float(low), float(high))
+        except ValueError:
+            dots = ""
+        if not dots or not name or found[name][0] > found[name][1]:
+            raise UsageError(f"'{text}' is not a range: write it as VALUE=LOWEST..HIGHEST, such as input=0..1")
+    return found
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """An existing folder is nobody's to overwrite unasked."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"the output '{folder}' is a file: name a folder")
+    if any(folder.iterdir()) and not (resume or overwrite):
+        raise UsageError(f"the output folder '{folder}' exists: use --resume to go on, --overwrite to start again, or another -o")
+    if overwrite and any(folder.iterdir()) and not (folder / SUMMARY).exists() and not (folder / CHECKPOINT).exists():
+        raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so --overwrite would delete something else")
+
+
+def quantize_job(settings: Settings, *, command: str, resume: bool, overwrite: bool, progress: Progress = silent) -> dict[str, Any]:
+    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
+    out = Path(settings.output)
+    check_output(out, resume=resume, overwrite=overwrite)
+    weight_bits, activation_bits = parse_bits(settings.bits)
+    preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
+    ranges = parse_ranges(settings.ranges)
+    target = find(settings.target, saturates=engine.saturates())
+    stages = Stages(progress)
+    m = _resumed(out, settings) if resume else None
+    if m is None:
+        made = stages.run(
+            "capture", lambda: capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
+        )
+        m = stages.run(
+            "quantize",
+            lambda: quantize(
+                made,
+                settings.calibration,
+                target=target,
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                activations=RULES[settings.activation_range],
+                weights=RULES[settings.weight_range],
+                overrides=dict.fromkeys(settings.keep_float),
+                ranges=ranges,
+                preprocess=preprocess,
+                samples=settings.samples,
+                batch=settings.batch,
+                seed=settings.seed,
+                progress=progress,
+            ),
+        )
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        _save_progress(out, settings, m, stages)
+    else:
+        stages.rows = list(_read_state(out).get("stages", []))
+    return _finish(out, settings, m, stages, command)
+
+
+def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
+    """Open and capture a network; its example inputs come with it, or follow from the pre-processing."""
+    net, example = open_network(network, checkpoint=checkpoint, trust=trust)
+    if example is None and preprocess is not None:
+        example = (torch.zeros(2, preprocess.channels, *preprocess.shape),)
+    if example is None:
+        raise UsageError(f"'{network}' brings no example inputs: return (module, example inputs), or give --size for images")
+    return capture(net, example)
+
+
+def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: str) -> dict[str, Any]:
+    metadata = {"configuration": json.dumps(settings.to_dict()), "target": m.target.name if m.target else ""}
+    if settings.preprocess is not None:
+        metadata["preprocess"] = json.dumps(settings.preprocess)
+    parity: Parity | None = None
+    failure: ParityError | None = None
+    try:
+        parity = stages.run(
+            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=metadata, container=settings.container)
+        )
+    except ParityError as error:
+        failure = error
+    described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
+    described["stages"] = stages.rows
+    write_summary(out, described)
+    if failure is not None:
+        raise failure
+    return described
+
+
+def _describe(out: Path, settings: Settings, m: QModel, parity: Parity | None, stages: Stages, command: str) -> dict[str, Any]:
+    return summary.describe(
+        m,
+        network=settings.network,
+        command=command,
+        configuration={**settings.to_dict(), "calibration_samples": settings.samples},
+        seed=settings.seed,
+        file=out / MODEL if parity is not None else None,
+        parity=parity,
+        stages=stages.rows,
+        preprocess=settings.preprocess,
+    )
+
+
+def _save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save(m, out / CHECKPOINT)
+        _write(out / CHECKPOINT / "state.json", json.dumps({"configuration": settings.to_dict(), "stages": stages.rows}))
+    except OSError as error:
+        raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
+
+
+def _read_state(out: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((out / CHECKPOINT / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _resumed(out: Path, settings: Settings) -> QModel | None:
+    """The model of an interrupted run; None if it had not come that far."""
+    state = _read_state(out)
+    if not state:
+        return None
+    before, now = state["configuration"], json.loads(json.dumps(settings.to_dict()))
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if changed:
+        raise UsageError(f"--resume needs the same configuration as before; different: {', '.join(changed)}")
+    return load(out / CHECKPOINT)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def write_summary(out: Path, described: Mapping[str, Any]) -> None:
+    """``summary.json`` and the report made from it."""
+    _write(out / SUMMARY, json.dumps(described, indent=1, allow_nan=False))
+    report.write(described, out / REPORT)
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """``summary.json`` of an output folder. Raises :class:`StoreError` if there is none."""
+    try:
+        found = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"'{out}' is not an output folder of 'halfbyte quantize': it has no {SUMMARY}") from error
+    except ValueError as error:
+        raise StoreError(f"'{out / SUMMARY}' is damaged: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != summary.SCHEMA:
+        raise StoreError(f"'{out / SUMMARY}' has another schema than {summary.SCHEMA}: quantize again with this version")
+    return found
+
+
+def open_output(out: Path) -> tuple[QModel, Path | None, Preprocess | None, dict[str, Any]]:
+    """An output folder's model, exported file (if proven), pre-processing and summary."""
+    described = read_summary(out)
+    file = out / MODEL
+    preprocess = None if described.get("preprocess") is None else Preprocess.from_dict(described["preprocess"])
+    return load(out / CHECKPOINT), file if file.exists() else None, preprocess, described

@@ -1,0 +1,157 @@
+"""The code of the user: found by name, started for each pass, and held to giving the same batches each time."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from halfbyte.errors import DataError, HalfbyteError, UsageError
+
+Batch = tuple[torch.Tensor, ...]
+Pass = Callable[[], Iterator[Batch]]
+_COMPARED = 4096  # values of each tensor of the first batch that two passes are compared by
+
+
+def load_callable(spec: str) -> Callable[..., Any]:
+    """The function or class that "path/file.py:name" or "package.module:name" names.
+
+    The same file always gives the same module. The folder of a file goes to the front of ``sys.path``, as when Python
+    runs it, and stays there, since the callable may import its neighbours only when it is called.
+    Raises UsageError for a missing file, module or name, for code that raises, and for what is not callable.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"{spec!r} names no function; write 'path/file.py:function' or 'package.module:function'")
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
+    if not hasattr(module, name):
+        valid = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(name, valid, n=3, cutoff=0.3) or sorted(valid)[:3]
+        raise UsageError(
+            f"{place} has no {name!r}; " + (f"near are {', '.join(near)}" if near else "it has no functions")
+        )
+    found: object = getattr(module, name)
+    if not callable(found):
+        raise UsageError(f"{spec} is a {type(found).__name__}, which cannot be called; name a function")
+    return found
+
+
+def stream(source: Any, name: str, limit: int | None, convert: Callable[[object, str], Batch]) -> Pass:
+    """Passes over the batches of user code or an iterable, converted, up to ``limit`` samples.
+
+    convert: what the source yields, and a name for it -> a batch. A one-shot iterator is kept in memory; anything else
+    is started again for each pass. Raises DataError, while iterating, where a pass differs from an earlier one: in the
+    number or the shapes of its batches, or in the values of the first (to compare all values would cost as much again).
+    """
+
+    def one_pass() -> Iterator[Batch]:
+        taken = 0
+        for index, item in enumerate(_items(source, name)):
+            flat = convert(item, f"batch {index} of {name}")
+            rows = len(flat[0]) if limit is None else min(len(flat[0]), limit - taken)
+            yield tuple(tensor[:rows] for tensor in flat)
+            taken += rows
+            if taken == limit:  # before the source computes a batch for nothing
+                return
+        if not taken:
+            raise DataError(f"{name} gives no batches; a source has to give them again each time it is started")
+
+    def checked_pass() -> Iterator[Batch]:
+        # Statistics of one pass are used in the next, so data that changes (shuffled, augmented) would go unnoticed
+        # and spoil the result. The empty batch stands for the end.
+        for index, flat in enumerate(chain(one_pass(), [()])):
+            digest = [_digest(t, values=index == 0) for t in flat]
+            if index == len(seen):
+                seen.append(digest)
+            elif seen[index] != digest:
+                raise DataError(
+                    f"batch {index} of {name} differs from the one of an earlier pass; turn off shuffling and random "
+                    "augmentation, or give a list of the batches"
+                )
+            if flat:
+                yield flat
+
+    if isinstance(source, Iterator):
+        kept = list(one_pass())
+        return lambda: iter(kept)
+    seen: list[list[tuple[int, ...]]] = []
+    return checked_pass
+
+
+def _digest(tensor: torch.Tensor, *, values: bool) -> tuple[int, ...]:
+    """The shape of a tensor and, with ``values``, a checksum of some of them.
+
+    They are spread over all of it, since the first ones of many pictures are the same empty border.
+    """
+    if not values:
+        return tuple(tensor.shape)
+    some = tensor.flatten()[:: -(-tensor.numel() // _COMPARED)].contiguous()
+    return (*tensor.shape, zlib.crc32(some.view(torch.uint8).numpy().data))
+
+
+def _items(source: Any, name: str) -> Iterator[object]:
+    try:
+        made = source() if callable(source) and not isinstance(source, Iterable) else source
+        # An array is one batch; iterating over it would give its rows.
+        yield from [made] if isinstance(made, torch.Tensor | np.ndarray | Mapping) else made
+    except HalfbyteError:
+        raise
+    except Exception as error:  # whatever the code of the user raises
+        code = getattr(source, "__code__", None)
+        raise DataError(f"{name} fails with {_blame(error, code.co_filename if code else None)}") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; write 'path/file.py:function'")
+    path = path.resolve()
+    # Two files of the same name in different folders are two modules.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"halfbyte_file_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} cannot be imported; give a Python file")
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module  # dataclasses and pickle look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UsageError(f"{path} cannot be imported: {_blame(error, str(path))}") from error
+    return module
+
+
+def _module_of_name(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent and f"{name}.".startswith(f"{absent}."):
+            raise UsageError(f"there is no module {name!r}; install it or write 'path/file.py:function'") from error
+        raise UsageError(f"{name} cannot be imported: {_blame(error, None)}") from error
+
+
+def _blame(error: BaseException, file: str | None) -> str:
+    """The exception in one line, with the last line of ``file`` that took part, or the place where it was raised."""
+    text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if f.filename == file), frames[-1])
+    place, line = (frame.filename, frame.lineno)
+    if isinstance(error, SyntaxError):
+        place, line = error.filename or place, error.lineno
+    return f"{type(error).__name__}{': ' * bool(text)}{text} ({Path(place).name}, line {line})"

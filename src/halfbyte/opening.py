@@ -1,0 +1,127 @@
+"""A network from the command line: ``file.py:callable``, ``package.module:callable`` or ``net.pt2``, with a checkpoint."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from halfbyte.errors import CaptureError, UsageError
+from halfbyte.loading import load_callable
+
+Network = nn.Module | ExportedProgram
+
+
+def open_network(
+    spec: str, *, checkpoint: str | Path | None = None, trust: bool = False
+) -> tuple[Network, tuple[Tensor, ...] | None]:
+    """The network, and its example inputs if it brings some.
+
+    spec: a callable that returns a module, or ``(module, example inputs)``; or a ``.pt2`` exported program. checkpoint:
+    ``.safetensors`` or ``.pt`` with the module's parameters, all of them and no others. trust: open files that need pickle,
+    which can run any code. Raises :class:`UsageError`, :class:`CaptureError`.
+    """
+    if spec.endswith(".pt2"):
+        if checkpoint is not None:
+            raise UsageError("a .pt2 file brings its own weights: leave out --checkpoint")
+        return _open_program(Path(spec), trust)
+    if spec.endswith((".pt", ".pth", ".safetensors")):
+        raise UsageError(f"'{spec}' holds weights, not a network: give the network as file.py:callable and these as --checkpoint")
+    made = load_callable(spec)()
+    net, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(net, nn.Module):
+        raise CaptureError(f"'{spec}' returned {type(net).__name__}, not a torch.nn.Module (or a pair of module and example inputs)")
+    if isinstance(example, Tensor):
+        example = (example,)
+    if example is not None and not all(isinstance(t, Tensor) for t in example):
+        raise CaptureError(f"the example inputs from '{spec}' must be tensors")
+    if checkpoint is not None:
+        _load_checkpoint(net, Path(checkpoint), trust)
+    return net.eval(), None if example is None else tuple(example)
+
+
+def _load_checkpoint(net: nn.Module, path: Path, trust: bool) -> None:
+    state = _read_state(path, trust)
+    expected = net.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unexpected:
+        parts = [f"{len(names)} {what}, such as '{names[0]}'" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names]
+        raise UsageError(f"checkpoint '{path}' does not fit the network: keys {' and '.join(parts)}")
+    wrong = [k for k, t in state.items() if t.shape != expected[k].shape]
+    if wrong:
+        shapes = f"{list(state[wrong[0]].shape)} instead of {list(expected[wrong[0]].shape)}"
+        raise UsageError(f"checkpoint '{path}' does not fit the network: '{wrong[0]}' has shape {shapes}")
+    net.load_state_dict({k: t.to(expected[k].dtype) for k, t in state.items()})
+
+
+def _read_state(path: Path, trust: bool) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint '{path}'")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"'{path}' holds pickled objects that could run code: use --trust if you know where it comes from") from error
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        raise UsageError(f"'{path}' cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model_state_dict", "model"):  # what training scripts wrap it in
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UsageError(f"'{path}' is not a dictionary of parameters: save the network's state_dict()")
+    return {str(k): t for k, t in state.items()}
+
+
+def _open_program(path: Path, trust: bool) -> tuple[ExportedProgram, tuple[Tensor, ...] | None]:
+    if not path.is_file():
+        raise UsageError(f"there is no file '{path}'")
+    if not trust:
+        _check_without_pickle(path)
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise CaptureError(f"'{path}' cannot be read as an exported program: {str(error).splitlines()[0]}") from error
+    example = program.example_inputs[0] if program.example_inputs else None
+    return program, tuple(example) if example and all(isinstance(t, Tensor) for t in example) else None
+
+
+def _check_without_pickle(path: Path) -> None:
+    """Refuse an archive with pickled objects beyond plain tensors.
+
+    torch's own loader unpickles some members without restriction; every member that is a pickle must therefore first pass
+    the loader that builds tensors only.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = _pickled_members(archive)
+            for name in archive.namelist():
+                data = archive.read(name)
+                if name.endswith(".json") or not (name in pickled or data[:2] == b"PK" or name.endswith((".pt", ".pkl"))):
+                    continue
+                torch.load(BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CaptureError(f"'{path}' holds pickled objects that could run code: use --trust if you know where it comes from") from error
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, KeyError) as error:
+        raise CaptureError(f"'{path}' is not an exported program, or is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _pickled_members(archive: zipfile.ZipFile) -> set[str]:
+    """Members that the archive's own tables declare as pickled, and all custom objects."""
+    found = set()
+    for name in archive.namelist():
+        if "custom_obj" in name or name.endswith((".pt", ".pkl")):
+            found.add(name)
+        if name.endswith("config.json"):
+            for entry in json.loads(archive.read(name)).get("config", {}).values():
+                if entry.get("use_pickle"):
+                    found |= {n for n in archive.namelist() if n.rsplit("/", 1)[-1] == entry.get("path_name")}
+    return found

@@ -1,0 +1,319 @@
+"""Networks of one operation in the engine: the integer evaluation is equal to the last bit, and integer kernels do the work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import halfbyte as hb
+from halfbyte import engine
+from halfbyte.errors import PlacementError
+from halfbyte.graph import output_values
+from halfbyte.lower import lower
+from halfbyte.ops import DEQUANTIZE
+
+Branch = Callable[[Tensor], Tensor]
+
+
+class Apply(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.function(*x)
+
+
+class Branches(nn.Module):
+    """Several independent ways from one input to one output each, by name."""
+
+    def __init__(self, **branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {name: branch(x) for name, branch in self.branches.items()}
+
+
+def seq(*parts: Any) -> nn.Sequential:
+    return nn.Sequential(*[p if isinstance(p, nn.Module) else Apply(p) for p in parts])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def exported(
+    net: nn.Module, *inputs: Tensor, path: Path, container: str = "packed", **options: Any
+) -> tuple[hb.QModel, hb.Parity]:
+    """Quantize on the inputs, export, and compare engine and integer evaluation on other inputs that also leave the ranges."""
+    model = hb.capture(net, tuple(t[:2] for t in inputs))
+    quantized = hb.quantize(model, [inputs], **options)
+    parity = hb.export_onnx(quantized, path / "net.onnx", container=container)
+    assert parity.proven
+    assert parity.integer_mismatches == 0
+    low = lower(quantized)
+    fresh = tuple(torch.randn_like(t) * t.std() * 2 for t in inputs)
+    expected = hb.run_integer(low, fresh)
+    got = engine.infer(engine.session(path / "net.onnx"), fresh)
+    for node, name, e, g in zip(output_values(low.graph), low.outputs, expected, got, strict=True):
+        if node.target is DEQUANTIZE:  # what the network gives back are codes
+            assert np.array_equal(e.numpy(), g), name
+    return quantized, parity
+
+
+def conv(i: int, o: int, *args: Any, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, *args, **kwargs)
+
+
+def test_convolutions_2d(tmp_path: Path) -> None:
+    net = Branches(
+        plain=conv(4, 8, 3),
+        stride=conv(4, 8, 3, stride=(2, 1), padding=1),
+        dilation=conv(4, 5, 3, dilation=2, padding=2),
+        same=conv(4, 6, (2, 4), padding="same"),
+        asymmetric=seq(nn.ZeroPad2d((0, 1, 2, 1)), conv(4, 8, 3, stride=2)),
+        groups=conv(4, 8, 3, groups=2, padding=1, bias=False),
+        depthwise=conv(4, 4, 3, groups=4, padding=1),
+        multiplied=conv(4, 12, 3, groups=4),
+        pointwise=conv(4, 7, 1),
+        whole=conv(4, 3, (7, 9)),
+    )
+    _, parity = exported(net, torch.randn(8, 4, 7, 9), path=tmp_path)
+    assert parity.kernels == {"QLinearConv": 10}
+    assert not parity.float_nodes
+
+
+def test_convolutions_1d(tmp_path: Path) -> None:
+    net = Branches(
+        plain=nn.Conv1d(4, 8, 3, padding=1),
+        depthwise=nn.Conv1d(4, 4, 5, groups=4, stride=2),
+        asymmetric=seq(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(4, 4, 3)),
+    )
+    _, parity = exported(net, torch.randn(8, 4, 11), path=tmp_path)
+    assert parity.kernels == {"QLinearConv": 3}
+
+
+def test_convolutions_3d(tmp_path: Path) -> None:
+    net = Branches(
+        plain=nn.Conv3d(3, 6, 3, padding=1),
+        grouped=nn.Conv3d(3, 3, (1, 2, 3), groups=3, stride=(1, 2, 1)),
+        asymmetric=seq(nn.ConstantPad3d((1, 0, 0, 1, 1, 1), 0.0), nn.Conv3d(3, 4, 2)),
+    )
+    _, parity = exported(net, torch.randn(4, 3, 4, 5, 6), path=tmp_path)
+    assert parity.kernels == {"QLinearConv": 3}
+
+
+def test_many_inputs_of_one_sign_do_not_saturate(tmp_path: Path) -> None:
+    """All products of one sign at the ends of both ranges: where a CPU adds pairs in 16 bits, this is where it saturates."""
+    layer, dense = conv(16, 8, 3), nn.Linear(16, 8)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.abs() * 0.1 + 0.5)
+        dense.weight.copy_(dense.weight.abs() * 0.1 + 0.5)
+    net = Branches(conv=layer, linear=seq(lambda t: t[:, :, 0, 0], dense))
+    _, parity = exported(net, torch.rand(8, 16, 5, 5) + 3, path=tmp_path)
+    assert parity.kernels == {"QLinearConv": 1, "QGemm": 1}
+
+
+def test_linear_layers_of_vectors_and_tokens(tmp_path: Path) -> None:
+    vectors = Branches(bias=nn.Linear(10, 6), plain=nn.Linear(10, 7, bias=False), chain=seq(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)))
+    _, parity = exported(vectors, torch.randn(8, 10), path=tmp_path)
+    assert parity.kernels == {"QGemm": 4}
+    tokens = Branches(bias=nn.Linear(10, 6), plain=nn.Linear(10, 7, bias=False), chain=seq(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)))
+    _, parity = exported(tokens, torch.randn(8, 5, 10), path=tmp_path)
+    assert sum(parity.kernels.values()) == 4
+    assert set(parity.kernels) <= {"MatMulIntegerToFloat", "QLinearMatMul"}
+
+
+class Products(nn.Module):
+    """Products of two activations, of three and of four dimensions, whose results are read as codes and as floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        q, k = self.query(x), self.key(y)
+        scores = q @ k.transpose(1, 2)
+        heads = q.reshape(-1, 5, 2, 3).transpose(1, 2) @ k.reshape(-1, 5, 2, 3).permute(0, 2, 3, 1)
+        return self.out(scores), heads, torch.bmm(q, k.transpose(1, 2))
+
+
+def test_products_of_activations(tmp_path: Path) -> None:
+    _, parity = exported(Products(), torch.randn(8, 5, 6), torch.randn(8, 5, 6), path=tmp_path)
+    assert sum(parity.kernels.get(k, 0) for k in ("MatMulIntegerToFloat", "QLinearMatMul")) == 6
+    assert not [op for op, _ in parity.float_nodes if op == "MatMul"]
+
+
+class TwoOperands(nn.Module):
+    """An element-wise operation between layers: of equal shapes, and of shapes that broadcast."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.gate = conv(3, 5, 1), conv(3, 5, 1), conv(3, 5, 1)
+        self.out, self.last = conv(5, 4, 1), conv(5, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.a(x), self.b(y)
+        gate = self.gate(x[:, :, :1, :1])
+        return self.out(self.function(a, b)), self.last(self.function(b, gate))
+
+
+@pytest.mark.parametrize(("function", "kernel"), [(torch.add, "QLinearAdd"), (torch.mul, "QLinearMul")])
+@pytest.mark.parametrize("size", [(7, 9), (1, 3), (8, 8)])
+def test_two_operands(function: Any, kernel: str, size: tuple[int, int], tmp_path: Path) -> None:
+    x = torch.randn(6, 3, *size)
+    _, parity = exported(TwoOperands(function), x, 3 * torch.randn_like(x) + 1, path=tmp_path)
+    assert parity.kernels == {kernel: 2, "QLinearConv": 5}
+
+
+def test_concatenation(tmp_path: Path) -> None:
+    a, b = conv(3, 4, 1), conv(3, 4, 3, padding=1)
+    with torch.no_grad():
+        b.weight.mul_(5)
+    net = Branches(
+        channels=seq(lambda t: torch.cat([a(t), b(t), a(t)], 1), conv(12, 4, 1)),
+        rows=seq(lambda t: torch.cat([a(t), b(t)], 2), conv(4, 4, 1)),
+    )
+    net.a, net.b = a, b
+    _, parity = exported(net, torch.randn(8, 3, 5, 7), path=tmp_path)
+    assert parity.kernels["QLinearConcat"] == 2
+    assert not parity.float_nodes
+
+
+def test_averages(tmp_path: Path) -> None:
+    def between(f: Any, channels: int = 4) -> nn.Module:
+        return seq(conv(3, channels, 1), f, conv(channels, 4, 1))
+
+    net = Branches(
+        two=between(nn.AvgPool2d(2)),
+        odd=between(nn.AvgPool2d((3, 2), stride=(1, 2))),
+        padded=between(nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+        everything=between(nn.AdaptiveAvgPool2d(1)),
+        mean=between(lambda t: t.mean((2, 3), keepdim=True), 20),
+    )
+    _, parity = exported(net, torch.randn(8, 3, 9, 11), path=tmp_path)
+    assert parity.kernels["QLinearConv"] == 10
+    assert parity.kernels["QLinearAveragePool"] + parity.kernels["QLinearGlobalAveragePool"] == 5
+    assert not parity.float_nodes
+
+
+def test_moves_work_on_the_codes(tmp_path: Path) -> None:
+    def between(f: Any, channels: int = 4) -> nn.Module:
+        return seq(conv(4, 4, 1), f, conv(channels, 3, 1))
+
+    net = Branches(
+        max_pool=between(nn.MaxPool2d(3, 2, 1)),
+        pad=between(lambda t: F.relu(F.pad(t, (1, 2, 0, 1)))),
+        nearest=between(nn.Upsample(scale_factor=2, mode="nearest")),
+        slice=between(lambda t: t[:, 1:4, ::2, :-1], 3),
+        split=between(lambda t: torch.cat(t.split([1, 3], 1)[::-1], 1)),
+        part=between(lambda t: t.chunk(2, 1)[1], 2),
+        permute=between(lambda t: t.permute(0, 1, 3, 2)),
+        reshape=between(lambda t: t.reshape(-1, 2, 2, 6, 6).transpose(1, 2).reshape(-1, 4, 6, 6)),
+        expand=between(lambda t: t[:, :, :1].expand(-1, -1, 5, -1)),
+        shuffle=between(nn.PixelShuffle(2), 1),
+        flip=between(lambda t: t.flip(3)),
+        select=between(lambda t: t[:, :, 0].unsqueeze(2)),
+    )
+    _, parity = exported(net, torch.randn(8, 4, 6, 6), path=tmp_path)
+    assert parity.kernels["QLinearConv"] == 24
+    assert set(parity.kernels) <= {"QLinearConv", "QLinearConcat"}
+    assert not parity.float_nodes
+
+
+def test_clamps(tmp_path: Path) -> None:
+    shared = conv(3, 4, 1)
+    net = Branches(
+        fused=seq(conv(3, 4, 3), nn.ReLU(), conv(4, 2, 1)),
+        six=seq(conv(3, 4, 3), nn.ReLU6(), conv(4, 2, 1)),
+        window=seq(conv(3, 4, 3), nn.Hardtanh(-0.3, 0.4), conv(4, 2, 1)),
+        above=seq(conv(3, 4, 3), lambda t: t.clamp(min=0.1), conv(4, 2, 1)),
+        twice=seq(shared, lambda t: torch.cat([t, F.relu(t), t.clamp(-0.2, 0.3)], 1), conv(12, 2, 1)),
+        moved=seq(conv(3, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.MaxPool2d(2), conv(4, 2, 1)),
+        summed=seq(lambda t: F.relu6(4 * torch.ones(()) * 0 + shared(t) + shared(2 * t)), conv(4, 2, 1)),
+    )
+    _, parity = exported(net, 4 * torch.randn(8, 3, 8, 8), path=tmp_path)
+    assert parity.kernels["QLinearConv"] >= 14
+    assert not {op for op, _ in parity.float_nodes} & {"Relu", "Conv", "Clip"}
+
+
+class Everything(nn.Module):
+    """All kinds of integer kernels in one network, for the widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depth, self.point = conv(3, 8, 3, padding=1), conv(8, 8, 3, padding=1, groups=8), conv(8, 8, 1)
+        self.out, self.tokens = nn.Linear(8, 6), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.first(x))
+        x = x + self.point(F.relu6(self.depth(x)))
+        t = self.tokens(x.flatten(2).transpose(1, 2))
+        return self.out(F.adaptive_avg_pool2d(x, 1).flatten(1)), t @ t.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "container"),
+    [(2, 8, "packed"), (3, 7, "int8"), (4, 8, "packed"), (4, 4, "int8"), (5, 6, "packed"), (6, 2, "packed"), (7, 3, "packed"), (8, 5, "packed")],
+)
+def test_widths(weights: int, activations: int, container: str, tmp_path: Path) -> None:
+    _, parity = exported(
+        Everything(), torch.randn(8, 3, 5, 6), path=tmp_path, container=container, weight_bits=weights, activation_bits=activations
+    )
+    assert parity.kernels["QLinearConv"] == 3
+    assert parity.kernels["QLinearAdd"] == 1
+    assert sum(parity.kernels.values()) >= 6
+    model = onnx.load(tmp_path / "net.onnx")
+    packed = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT4]
+    assert len(packed) == (5 if weights <= 4 and container == "packed" else 0)
+    codes = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("weight:codes")]
+    limit = 2 ** (weights - 1) - 1
+    assert codes
+    assert all(np.abs(c.astype(int)).max() <= limit for c in codes)
+
+
+def test_power_of_two_scales_meet_ties(tmp_path: Path) -> None:
+    """Scales that are powers of two put many results exactly between two codes: half to even, at every stage."""
+    layer = nn.Conv2d(2, 3, 1, bias=True)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[64, -48], [64, 64], [-64, 16]]).reshape(3, 2, 1, 1) / 128)
+        layer.bias.copy_(torch.tensor([0.5, -0.25, 1 / 16]))
+    net = seq(layer, nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
+    x = torch.arange(-128, 128).reshape(8, 2, 4, 4) / 32
+    model = hb.capture(net, x[:2])
+    at = [n for n in (str(v.meta["value"]) for v in model.graph.nodes if "value" in v.meta) if n == "1"]
+    assert at, "the value behind the ReLU is named after its module"
+    ranges = {"input": (-128 / 16, 127 / 16), "1": (0.0, 255 / 16)}
+    quantized = hb.quantize(model, [(x,)], ranges={k: v for k, v in ranges.items()}, weights=hb.MinMax())
+    assert float(quantized.grids["1"].scale) == 1 / 16
+    assert float(quantized.grids["input"].scale) == 1 / 16
+    parity = hb.export_onnx(quantized, tmp_path / "net.onnx", samples=(x,))
+    assert parity.proven
+    assert parity.kernels == {"QLinearConv": 2}
+    steps = x * 16
+    assert bool(((steps - steps.floor()) == 0.5).any()), "the input meets ties"
+
+
+def test_transposed_convolution_runs_in_float_on_stored_codes(tmp_path: Path) -> None:
+    net = seq(conv(3, 4, 1), nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1, padding=1), conv(4, 3, 1))
+    quantized, parity = exported(net, torch.randn(8, 3, 5, 5), path=tmp_path)
+    assert ("ConvTranspose" in {op for op, _ in parity.float_nodes}) != any("ConvTranspose" in k for k in parity.kernels)
+    assert any("stored in 8 bits" in str(entry) for entry in quantized.log)
+
+
+def test_width_that_the_engine_lacks_is_refused() -> None:
+    model = hb.capture(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(PlacementError, match="2 to 8 bits, not 16"):
+        hb.quantize(model, [torch.randn(4, 4)], activation_bits=16)
