@@ -127,7 +127,8 @@ def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict
 
 def _saturates(layer: fx.Node, target: Target) -> bool:
     """Depthwise kernels multiply in 16 and add in 32 bits; all others add pairs of products in 16 where VNNI is missing."""
-    depthwise = kind(layer) is Kind.CONV and layer.args[6] == layer.args[1].meta["shape"][0] > 1  # type: ignore[union-attr]
+    shape = layer.args[1].meta["shape"]  # type: ignore[union-attr]
+    depthwise = kind(layer) is Kind.CONV and layer.args[6] == shape[0] > 1 and shape[1] == 1
     return target.narrow_products and not depthwise
 
 

@@ -93,11 +93,11 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
             raise CaptureError(f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}") from error
 
 
-def _free_batch(inputs: Inputs) -> ShapesCollection:
+def _free_batch(inputs: Inputs) -> Any:
     """The first dimension of every input is one free size, however ``forward`` names or packs its arguments."""
-    shapes, batch = ShapesCollection(), Dim("batch", min=1)
+    shapes, batch = ShapesCollection(), Dim("batch", min=1)  # type: ignore[no-untyped-call]
     for tensor in inputs:
-        shapes[tensor] = {0: batch}  # type: ignore[no-untyped-call]
+        shapes[tensor] = {0: batch}
     return shapes
 
 

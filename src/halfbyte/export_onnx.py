@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, fx
 
+from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
-from halfbyte.graph import editable
+from halfbyte.graph import editable, output_node
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import CLIP_CODES, CONV, CONV_TRANSPOSE, DEQUANTIZE, GLOBAL_AVERAGE_POOL, LOWERED_LINEAR, QUANTIZE
@@ -54,16 +56,14 @@ def export_onnx(
     proof = samples if samples is not None else m.samples
     parity = compare(low, unproven, proof or example_inputs(m))
     if not parity.proven:
-        raise ParityError(_explain(parity, unproven), value=parity.first_difference.value if parity.first_difference else None)
+        raise ParityError(_explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None)
     os.replace(unproven, path)
     return parity
 
 
-def _explain(parity: Parity, unproven: Path) -> str:
-    from halfbyte.engine import saturates
-
+def _explain(m: QModel, parity: Parity, unproven: Path) -> str:
     why = ""
-    if saturates():
+    if saturates() and not (m.target is not None and m.target.narrow_products):
         why = "; this CPU saturates pairs of 8-bit products: use the target variant that ends in -avx2"
     return f"the exported file is not proven: {parity.first_difference}{why}; it was left as '{unproven}'"
 
@@ -101,8 +101,7 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
                 custom_translation_table=_TRANSLATIONS,
             )
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise HalfbyteError(f"ONNX export failed: {lines[-1] if lines else type(error).__name__}") from error
+        raise HalfbyteError(f"ONNX export failed: {_reason(error)}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
     model = program.model
     _fold_sizes(model)
@@ -111,6 +110,17 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
         _pack(model)
     _strip(model, metadata or {})
     return model
+
+
+def _reason(error: BaseException) -> str:
+    """What the exporter means, out of the pages that it writes."""
+    text = str(error)
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text)
+    if missing:
+        return f"the operation {missing[1]} has no ONNX form; replace it in the network by operations that have"
+    named = re.findall(r"^<class '[\w.]+'>: (.+)$", text, re.MULTILINE)
+    lines = named or [line for line in text.splitlines() if line.strip()]
+    return str(lines[0])[:300] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -134,10 +144,27 @@ def _module(low: QModel) -> tuple[fx.GraphModule, dict[str, str]]:
         if node.op == "get_attr":
             flat.setdefault(str(node.target), f"p{len(flat)}")
             node.target = flat[str(node.target)]
+    _separate_outputs(graph)
     root = torch.nn.Module()
     for name, short in flat.items():
         root.register_buffer(short, low.params[name].cpu())
     return fx.GraphModule(root, graph), {short: name for name, short in flat.items()}
+
+
+def _separate_outputs(graph: fx.Graph) -> None:
+    """A value that the network returns twice becomes two values: each output has a name of its own."""
+    output, seen = output_node(graph), set()
+    listed = []
+    for returned in output.args[0]:  # type: ignore[union-attr]
+        node = returned
+        if node in seen:
+            with graph.inserting_before(output):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+            copy.meta = dict(node.meta)  # type: ignore[union-attr]
+            node = copy
+        seen.add(node)
+        listed.append(node)
+    output.args = (tuple(listed),)
 
 
 def _quantize(x: Any, scale: Any, zero: Any, axis: int, name: str) -> Any:

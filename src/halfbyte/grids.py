@@ -70,32 +70,31 @@ def shaped(per_row: Tensor, w: Tensor, form: Format) -> Tensor:
     return per_row if form.group is None else per_row.reshape(w.shape[0], -1)
 
 
-def _symmetric_scale(row: Tensor, threshold: Tensor, form: Format, pairs: Tensor | None) -> Tensor:
+def _symmetric_scale(threshold: Tensor, form: Format, pairs: Tensor | None) -> Tensor:
     """[rows]: the scale at which values up to ``threshold`` stay inside, by magnitude and, where asked, by pairs."""
     scale = threshold / form.hi
     if pairs is not None and form.bits == 8:
-        clipped = torch.minimum(pairs[:, 0], threshold) + torch.minimum(pairs[:, 1], threshold)
-        scale = torch.maximum(scale, clipped / form.hi)
+        heaviest = torch.minimum(pairs, threshold[:, None, None]).sum(2).amax(1)
+        scale = torch.maximum(scale, (heaviest.amax().reshape(1) if form.axis is None else heaviest) / form.hi)
     return scale
 
 
 def _two_largest(w: Tensor, form: Format) -> Tensor:
-    """[rows, 2]: the two largest magnitudes of one sign in each output channel, at its heaviest."""
+    """[channels, 2, 2]: the two largest positive values of each output channel, and the two largest negative magnitudes.
+
+    CPUs without VNNI add the products of neighbouring codes in 16 bits, saturating: 255 (q1 + q2) must stay below 2^15. Which
+    codes are neighbours is the kernel's business, so the two largest of one sign must be harmless together.
+    """
     axis = form.axis if form.axis is not None else 0
     flat = w.movedim(axis, 0).reshape(w.shape[axis], -1)
     if flat.shape[1] == 1:
         flat = torch.nn.functional.pad(flat, (0, 1))
-    both = torch.stack([flat.topk(2, 1).values.clamp(min=0), (-flat).topk(2, 1).values.clamp(min=0)])
-    heavier = both.sum(2).argmax(0)
-    found = both[heavier, torch.arange(flat.shape[0], device=w.device)]
-    if form.axis is None:  # one scale for all: the heaviest channel decides
-        return found[found.sum(1).argmax()].reshape(1, 2)
-    return found
+    return torch.stack([flat.topk(2, 1).values.clamp(min=0), (-flat).topk(2, 1).values.clamp(min=0)], 1)
 
 
 def weight_grid(w: Tensor, form: Format, threshold: Tensor, pairs: Tensor | None) -> Grid:
     """The grid of a symmetric parameter whose rows are clipped at ``threshold`` [rows]."""
-    scale = _symmetric_scale(rows(w, form), threshold, form, pairs)
+    scale = _symmetric_scale(threshold, form, pairs)
     scale = torch.where(threshold > 0, scale.clamp(min=torch.finfo(torch.float32).tiny * 2**24), torch.ones_like(scale))
     if form.power_of_two:
         scale = power_of_two(scale)

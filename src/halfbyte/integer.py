@@ -22,7 +22,9 @@ from halfbyte.ops import (
     GLOBAL_AVERAGE_POOL,
     LOWERED_LINEAR,
     QUANTIZE,
+    Kind,
     aten,
+    kind,
     spatial_pad,
 )
 from halfbyte.run import evaluate_plainly, keep, run
@@ -119,24 +121,29 @@ def _evaluator(tap: Tap, kernels: Mapping[Any, Callable[..., Any]]) -> Callable[
             clipped = torch.minimum(torch.maximum(codes, _along(lo.float(), codes, axis)), _along(hi.float(), codes, axis))
             return tap(value_name(node), clipped)
         kernel = kernels.get(node.target)
-        if kernel is not None and _all_codes(node, args) and _written(node):
+        if kernel is not None and runs_in_integers(node):
             return kernel(*args, **kwargs)
         return evaluate_plainly(node, _map_real(args), _map_real(kwargs))
 
     return evaluate
 
 
+def runs_in_integers(node: fx.Node) -> bool:
+    """Whether an integer kernel computes this operation of a lowered graph.
+
+    Its operands are codes (a linear layer's bias may be real), and the result goes straight into a quantizer, or the kernel
+    may write floats.
+    """
+    known = node.target in KERNELS and (node.target is LOWERED_LINEAR or kind(node) is not Kind.FLOAT)
+    if not known or not (node.target in FLOAT_WRITERS or _written(node)):
+        return False
+    operands = [a for a in _flat(node.args[: 3 if node.target is CONV else 2]) if isinstance(a, fx.Node)]
+    return bool(operands) and all(a.target is DEQUANTIZE and not a.args[4] for a in operands)
+
+
 def _written(node: fx.Node) -> bool:
-    """The result goes straight into a quantizer, or the kernel may write floats."""
-    return node.target in FLOAT_WRITERS or (len(node.users) == 1 and next(iter(node.users)).target is QUANTIZE)
-
-
-def _all_codes(node: fx.Node, args: Any) -> bool:
-    """Every operand is held as codes (a linear layer's bias may be real)."""
-    operands = [a for a in _flat(args) if isinstance(a, Tensor | Codes | Pending)]
-    if node.target is LOWERED_LINEAR:
-        operands = operands[:2]
-    return bool(operands) and all(isinstance(a, Codes) for a in operands)
+    """The result goes straight into a quantizer."""
+    return len(node.users) == 1 and next(iter(node.users)).target is QUANTIZE
 
 
 def _flat(args: Any) -> list[Any]:

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 
 from halfbyte import engine
 from halfbyte.graph import output_values
-from halfbyte.integer import FLOAT_WRITERS, KERNELS, run_integer, run_simulated
+from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
-from halfbyte.ops import CLIP_CODES, DEQUANTIZE, QUANTIZE
+from halfbyte.ops import DEQUANTIZE, QUANTIZE
 
 # All values of this many samples are held at once.
 _BATCH = 4
@@ -101,8 +101,7 @@ def integer_written(low: QModel) -> set[str]:
     for node in low.graph.nodes:
         if node.target is QUANTIZE and isinstance(node.args[0], fx.Node):
             source = node.args[0]
-            operands = [a for a in source.all_input_nodes if a.op != "get_attr"] or [source]
-            if source.target in KERNELS and len(source.users) == 1 and all(a.target is DEQUANTIZE for a in operands[:2]):
+            if len(source.users) == 1 and runs_in_integers(source):
                 names.add(str(node.args[4]).removesuffix(":unclipped"))
     return names
 
@@ -215,12 +214,7 @@ def _from_integers(node: fx.Node) -> bool:
     """The value is dequantized codes, moved at most, or what an integer kernel wrote as floats."""
     if node.target is DEQUANTIZE:
         return True
-    if node.op != "call_function" or node.target in (QUANTIZE, CLIP_CODES):
-        return False
-    if node.target in FLOAT_WRITERS:
-        operands = [a for a in node.all_input_nodes if a.op != "get_attr"]
-        return bool(operands) and all(a.target is DEQUANTIZE for a in operands)
-    return False
+    return node.target in FLOAT_WRITERS and runs_in_integers(node)
 
 
 def _same_decisions(a: Tensor, b: Tensor) -> int:

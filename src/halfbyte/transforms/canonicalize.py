@@ -117,6 +117,19 @@ def explicit_transposed(graph: fx.Graph, node: fx.Node, params: dict[str, Any], 
     return True
 
 
+def count_inside(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """An average without padding counts what is inside; engines would count the places beyond the edge in ``ceil_mode``."""
+    if base_name(node) not in ("avg_pool1d", "avg_pool2d", "avg_pool3d") or not argument(node, 4, "ceil_mode", False):
+        return False
+    padding = argument(node, 3, "padding", 0)
+    if any(_integers(padding, 1)) or not argument(node, 5, "count_include_pad", True):
+        return False
+    head = (*node.args[:2], argument(node, 2, "stride", []), padding, True, False)
+    divisor = argument(node, 6, "divisor_override", None)
+    _rewrite(graph, node, node.target, head if divisor is None else (*head, divisor))
+    return True
+
+
 def spatial_mean(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """The mean over all spatial dimensions, however it is written -> ``halfbyte::global_average_pool``."""
     name, source = base_name(node), node.args[0] if node.args else None
@@ -201,6 +214,7 @@ _RULES: tuple[Rule, ...] = (
     any_reshape,
     explicit_convolution,
     explicit_transposed,
+    count_inside,
     spatial_mean,
     product_with_parameter,
     split_attention,

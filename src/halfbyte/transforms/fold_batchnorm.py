@@ -31,6 +31,7 @@ def fold_batchnorm(m: QModel) -> QModel:
         moments[value_name(layer)] = _fold(graph, layer, norm, params)
         log.append(LogEntry("fold_batchnorm", value_name(norm), f"folded into {value_name(layer)}"))
         replace_uses(norm, layer)
+        graph.erase_node(norm)  # so that it no longer counts as a reader of the layer: a second norm may follow
     drop_dead(graph)
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     kept = {k: v for k, v in params.items() if k in used}

@@ -1,0 +1,180 @@
+"""Which values get a grid, which share one, which stay in float, and why."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import halfbyte as hb
+from halfbyte.errors import PlacementError
+from halfbyte.targets import ONNXRUNTIME, ONNXRUNTIME_PER_TENSOR
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def placed(function: Callable[..., Any], shape: tuple[int, ...] = (2, 4, 6, 6), **parts: Any) -> hb.QModel:
+    options = {k: parts.pop(k) for k in ("overrides", "weight_bits", "activation_bits", "target") if k in parts}
+    net = Net(function, **parts).eval()
+    return hb.place(hb.capture(net, torch.randn(shape)), options.pop("target", ONNXRUNTIME), **options)
+
+
+def integers(m: hb.QModel) -> set[str]:
+    """Running values with a format, those that share a grid included."""
+    return {name for name, form in m.plan.items() if form is not None and "weight" not in name}
+
+
+def conv(i: int = 4, o: int = 4, k: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k)
+
+
+def test_a_fused_relu_has_the_grid_and_its_input_none() -> None:
+    m = placed(lambda s, x: s.b(F.relu(s.a(x))), a=conv(), b=conv())
+    assert integers(m) == {"x", "relu", "b"}
+    assert m.plan["a"] is None
+    assert not m.ties
+    weight = m.plan["a.weight"]
+    assert weight is not None
+    assert (weight.signed, weight.symmetric, weight.narrow, weight.axis) == (True, True, True, 0)
+
+
+def test_a_relu_beside_other_readers_limits_the_codes() -> None:
+    m = placed(lambda s, x: (lambda y: s.b(F.relu(y)) + s.c(y))(s.a(x)), a=conv(), b=conv(), c=conv())  # noqa: PLC3002
+    assert {"a", "relu"} <= integers(m)
+    assert m.ties["relu"] == "a"
+
+
+def test_a_residual_addition_between_layers_runs_on_codes() -> None:
+    m = placed(lambda s, x: (lambda y: s.c(y + s.b(y)))(s.a(x)), a=conv(), b=conv(), c=conv())  # noqa: PLC3002
+    assert integers(m) == {"x", "a", "b", "add", "c"}
+    assert not m.ties
+
+
+def test_an_addition_that_floats_read_stays_float() -> None:
+    m = placed(lambda s, x: torch.tanh(s.a(x) + s.b(x)), a=conv(), b=conv())
+    assert m.plan["add"] is None
+    assert any(e.value == "add" and "a float operation reads" in e.message for e in m.log)
+
+
+def test_concatenation_has_a_grid_of_its_own() -> None:
+    m = placed(lambda s, x: s.c(torch.cat([s.a(x), F.relu(s.b(x))], 1)), a=conv(), b=conv(), c=conv(8))
+    assert {"a", "relu", "cat"} <= integers(m)
+    assert not {"a", "relu", "cat"} & set(m.ties)
+
+
+def test_moves_and_pooling_share_the_grid_of_what_they_move() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = F.max_pool2d(s.a(x), 2)
+        first, second = y.split([1, 3], 1)
+        return s.b(first.permute(0, 1, 3, 2)) + s.c(F.pad(second, (1, 0)))[..., :3]
+
+    m = placed(forward, a=conv(), b=conv(1), c=conv(3))
+    tied = {name for name, root in m.ties.items() if root == "a"}
+    assert tied == {"max_pool2d", "item", "permute", "item.1"}  # the padding became the convolution's own
+    assert all(m.plan[name] == m.plan["a"] for name in tied)
+    assert "a" not in m.ties
+
+
+def test_average_pooling_gets_its_own_grid() -> None:
+    m = placed(lambda s, x: s.b(F.avg_pool2d(s.a(x), 2)), a=conv(), b=conv())
+    assert "avg_pool2d" in integers(m)
+    assert "avg_pool2d" not in m.ties
+
+
+def test_floats_read_the_value_before_rounding() -> None:
+    m = placed(
+        lambda s, x: (lambda y: s.b(y) + s.c(torch.sigmoid(y)))(torch.tanh(s.a(x))),  # noqa: PLC3002
+        a=conv(),
+        b=conv(),
+        c=conv(),
+    )
+    assert m.plan["tanh"] is None
+    assert m.plan["tanh:quantized"] is not None
+    (rounded,) = [n for n in m.graph.nodes if n.meta.get("value") == "tanh:quantized"]
+    assert [u.meta["value"] for u in rounded.users] == ["b"]
+    (sigmoid,) = [n for n in m.graph.nodes if n.meta.get("value") == "sigmoid"]
+    assert sigmoid.args[0].meta["value"] == "tanh"
+
+
+def test_a_transformer_block() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        q, k, v = s.qkv(s.norm(x)).chunk(3, -1)
+        y = x + s.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
+        return y + s.down(F.gelu(s.up(y)))
+
+    parts = {
+        "norm": nn.LayerNorm(4),
+        "qkv": nn.Linear(4, 12),
+        "out": nn.Linear(4, 4),
+        "up": nn.Linear(4, 8),
+        "down": nn.Linear(8, 4),
+    }
+    m = placed(forward, (2, 5, 4), **parts)
+    on = integers(m)
+    assert {"norm", "softmax", "gelu"} <= on, "what layers and products read has a grid"
+    for name in ("qkv", "out", "up", "down"):
+        assert m.plan[f"{name}.weight"] is not None
+    reasons = {e.value: e.message for e in m.log}
+    assert all("no integer kernel" in reasons[name] for name in ("norm", "softmax", "gelu"))
+    assert m.plan["norm.weight"] is None
+    assert m.plan["x"] is None
+
+
+def test_overrides_by_name_and_pattern() -> None:
+    layers = {"a": conv(), "b": conv(), "c": conv()}
+    forward = lambda s, x: s.c(F.relu(s.b(F.relu(s.a(x)))))  # noqa: E731
+    m = placed(forward, **layers, overrides={"b": None, "[ac].weight": hb.Format(4), "relu": hb.Format(6)})
+    assert m.plan["b.weight"] is None
+    assert any(e.value == "b" and "on request" in e.message for e in m.log)
+    assert [m.plan[f"{n}.weight"].bits for n in "ac"] == [4, 4]
+    assert m.plan["a.weight"].signed
+    assert m.plan["relu"].bits == 6
+    assert m.plan["x"].bits == 8
+    by_weight = placed(forward, **layers, overrides={"b.weight": None})
+    assert by_weight.plan["b.weight"] is None
+    assert by_weight.plan["c.weight"] is not None
+
+
+def test_an_override_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(PlacementError, match=r"'a.weigth' matches no value.*did you mean a.weight"):
+        placed(lambda s, x: s.a(x), a=conv(), overrides={"a.weigth": None})
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(9, 8), (8, 16), (1, 8)])
+def test_widths_of_the_target(weights: int, activations: int) -> None:
+    with pytest.raises(PlacementError, match="2 to 8 bits"):
+        placed(lambda s, x: s.a(x), a=conv(), weight_bits=weights, activation_bits=activations)
+
+
+def test_nothing_to_quantize_is_an_error() -> None:
+    with pytest.raises(PlacementError, match="nothing in this network can be quantized"):
+        placed(lambda s, x: torch.tanh(x))
+    with pytest.raises(PlacementError, match="nothing in this network can be quantized"):
+        placed(lambda s, x: s.a(x), a=conv(), overrides={"*": None})
+
+
+def test_one_scale_for_a_tensor_where_the_target_wants_it() -> None:
+    m = placed(lambda s, x: s.a(x), a=conv(), target=ONNXRUNTIME_PER_TENSOR, weight_bits=4, activation_bits=5)
+    assert (m.plan["a.weight"].axis, m.plan["a.weight"].bits, m.plan["x"].bits) == (None, 4, 5)
+
+
+def test_every_real_value_is_in_the_plan_and_the_original_is_untouched() -> None:
+    net = Net(lambda s, x: (torch.tanh(s.a(x)), s.a(x).argmax(1)), a=conv())
+    m = hb.capture(net, torch.randn(2, 4, 6, 6))
+    before = [n.name for n in m.graph.nodes]
+    p = hb.place(m, ONNXRUNTIME)
+    assert [n.name for n in m.graph.nodes] == before
+    assert not m.plan
+    real = {n.meta["value"] for n in p.graph.nodes if n.meta.get("dtype") == "float32"}
+    assert real == set(p.plan)
