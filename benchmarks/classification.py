@@ -58,7 +58,7 @@ def rival(reference: Path, folder: Path, batches: list[torch.Tensor], **options:
 
 
 def labelled(name: str, limit: int | None) -> Any:
-    return ((tuple([x]), y) for x, y in zoo.labelled(name, limit=limit))
+    return (((x,), y) for x, y in zoo.labelled(name, limit=limit))
 
 
 def correct(forward: Any, name: str, limit: int | None) -> torch.Tensor:
@@ -88,14 +88,19 @@ def speeds(files: dict[str, Path], shape: tuple[int, ...], rounds: int, threads:
     return found
 
 
-def measure(name: str, samples: int, limit: int | None, rounds: int, target: str, bits: tuple[int, int]) -> dict[str, Any]:
+def measure(
+    name: str, samples: int, limit: int | None, rounds: int, target: str, bits: tuple[int, int]
+) -> dict[str, Any]:
     net, example = getattr(zoo, name)()
     batches = list(zoo.calibration(name, samples))
     m = hb.capture(net, example)
     folded = hb.fold_batchnorm(m)
     seconds, memory = float_pass(folded, batches)
     stages = Stages()
-    q = stages.run("quantize", lambda: hb.quantize(m, batches, target=target, weight_bits=bits[0], activation_bits=bits[1], samples=samples))
+    q = stages.run(
+        "quantize",
+        lambda: hb.quantize(m, batches, target=target, weight_bits=bits[0], activation_bits=bits[1], samples=samples),
+    )
     cost = stages.rows[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -105,7 +110,12 @@ def measure(name: str, samples: int, limit: int | None, rounds: int, target: str
         float_file(folded, reference)
         narrow = engine.saturates()
         kinds = {
-            "quantize_static": dict(per_channel=True, reduce_range=narrow, weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8),
+            "quantize_static": {
+                "per_channel": True,
+                "reduce_range": narrow,
+                "weight_type": QuantType.QInt8,
+                "activation_type": QuantType.QUInt8,
+            },
             "quantize_static_default": {},
         }
         files, rivals = {"halfbyte": file, "float": reference}, {}
@@ -114,7 +124,12 @@ def measure(name: str, samples: int, limit: int | None, rounds: int, target: str
             files[kind], spent = rival(reference, folder, batches, **options)
             s = engine.session(files[kind])
             right = correct(lambda x, s=s: torch.from_numpy(engine.infer(s, (x,))[0]), name, limit)
-            rivals[kind] = {"top1": float(right.mean()), "difference": vars(paired(before, right)), "seconds": spent, "bytes": files[kind].stat().st_size}
+            rivals[kind] = {
+                "top1": float(right.mean()),
+                "difference": vars(paired(before, right)),
+                "seconds": spent,
+                "bytes": files[kind].stat().st_size,
+            }
         return {
             "network": name,
             "target": q.target.name if q.target else "",
@@ -147,10 +162,19 @@ def main() -> None:
     for name in options.networks:
         limit = options.limit or (2000 if name.endswith("cifar10") else None)
         found = measure(name, options.samples, limit, options.rounds, options.target, hb_bits(options.bits))
-        suffix = "" if (options.target, options.bits) == ("onnxruntime", "W8A8") else f"-{options.target}-{options.bits}"
+        suffix = (
+            "" if (options.target, options.bits) == ("onnxruntime", "W8A8") else f"-{options.target}-{options.bits}"
+        )
         (RESULTS / f"classification-{name}{suffix}.json").write_text(json.dumps(found, indent=1) + "\n")
         e = found["evaluation"]
-        print(name, {k: e[k] for k in ("float", "simulation", "file", "difference", "agreement")}, {k: r["top1"] for k, r in found["rivals"].items()}, found["cost"], found["speed"], flush=True)
+        print(
+            name,
+            {k: e[k] for k in ("float", "simulation", "file", "difference", "agreement")},
+            {k: r["top1"] for k, r in found["rivals"].items()},
+            found["cost"],
+            found["speed"],
+            flush=True,
+        )
 
 
 def hb_bits(text: str) -> tuple[int, int]:

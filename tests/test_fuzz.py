@@ -279,10 +279,8 @@ def attention(net: Net, x: int, v: Tensor) -> None:
     def attend(t: Tensor) -> Tensor:
         n, s, _ = t.shape
         q, k, w = (p.reshape(n, s, heads, d // heads).transpose(1, 2) for p in qkv(t).chunk(3, -1))
-        if fused:
-            y = F.scaled_dot_product_attention(q, k, w)
-        else:
-            y = torch.softmax(q @ k.transpose(-2, -1) / (d // heads) ** 0.5, -1) @ w
+        by_hand = torch.softmax(q @ k.transpose(-2, -1) / (d // heads) ** 0.5, -1) @ w
+        y = F.scaled_dot_product_attention(q, k, w) if fused else by_hand
         return t + out(y.transpose(1, 2).reshape(n, s, d))
 
     net.add(f"attention fused={fused}", attend, x)

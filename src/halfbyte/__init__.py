@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Format
     from halfbyte.grids import MSE, MinMax, Percentile
-    from halfbyte.integer import run_integer
+    from halfbyte.integer import predict, run_integer
     from halfbyte.lower import lower
     from halfbyte.model import LogEntry, Moments, QModel, Target
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
     from halfbyte.quantize import quantize
-    from halfbyte.run import predict, run, simulate
+    from halfbyte.run import run, simulate
     from halfbyte.store import load, save
+    from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 __version__ = "0.1.0"
@@ -55,11 +56,12 @@ _WHERE = {
     "place": "place",
     "Preprocess": "preprocess",
     "quantize": "quantize",
-    "predict": "run",
+    "predict": "integer",
     "run": "run",
     "simulate": "run",
     "load": "store",
     "save": "store",
+    "equalize": "transforms.equalize",
     "fold_batchnorm": "transforms.fold_batchnorm",
 }
 
@@ -81,6 +83,7 @@ __all__ = [
     "calibrate",
     "capture",
     "dequantize",
+    "equalize",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",

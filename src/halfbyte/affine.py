@@ -18,9 +18,9 @@ from halfbyte.errors import FormatError
 class Grid:
     """The real numbers a format can represent: ``scale * (code - zero)`` for ``lo <= code <= hi``.
 
-    scale: float32, positive; zero, lo, hi: int32. Each is a scalar tensor, or [channels] with ``axis`` naming the
-    dimension, or [channels, groups] with ``group`` values for each scale. ``lo`` and ``hi`` may be narrower than the format:
-    so they carry four bits in an eight-bit container, ReLU, ReLU6 and per-channel limits.
+    scale: float32, positive; zero, lo, hi: int32. Each is a scalar tensor (limits also of any shape that broadcasts), or
+    [channels] with ``axis`` naming the dimension, or [channels, groups] with ``group`` values for each scale. ``lo`` and ``hi``
+    may be narrower than the format: so they carry four bits in an eight-bit container, ReLU, ReLU6 and per-channel limits.
     """
 
     scale: Tensor
@@ -36,8 +36,8 @@ class Grid:
 
     def to(self, device: torch.device | str) -> "Grid":
         """The same grid on another device."""
-        parts = (t.to(device) for t in (self.scale, self.zero, self.lo, self.hi))
-        return Grid(*parts, axis=self.axis, group=self.group)
+        scale, zero, lo, hi = (t.to(device) for t in (self.scale, self.zero, self.lo, self.hi))
+        return Grid(scale, zero, lo, hi, axis=self.axis, group=self.group)
 
     @property
     def minimum(self) -> Tensor:
@@ -64,7 +64,7 @@ class _Round(torch.autograd.Function):
 
 def round_even(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes unchanged."""
-    return _Round.apply(x) if x.requires_grad else torch.round(x)  # type: ignore[no-any-return,no-untyped-call]
+    return _Round.apply(x) if x.requires_grad else torch.round(x)  # type: ignore[no-untyped-call]
 
 
 def expand(t: Tensor, grid: Grid, x: Tensor) -> Tensor:
@@ -93,7 +93,8 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """The nearest representable real values; gradients to ``x`` and to ``grid.scale`` as in arXiv 2106.08295, section 4.1."""
-    if grid.scale.ndim == 0 and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
+    single = grid.scale.ndim == grid.lo.ndim == grid.hi.ndim == 0
+    if single and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
         scale, zero = grid.scale.to(x.dtype), int(grid.zero)  # the same arithmetic on one buffer, for speed
         codes = (x / scale).round_().add_(zero).clamp_(int(grid.lo), int(grid.hi))
         return codes.sub_(zero).mul_(scale)

@@ -47,7 +47,14 @@ def float_file(m: QModel, path: Path) -> None:
 
 
 def benchmark(
-    m: QModel, quantized: Path, reference: Path, *, batch: int = 1, rounds: int = 50, threads: int, progress: Progress = silent
+    m: QModel,
+    quantized: Path,
+    reference: Path,
+    *,
+    batch: int = 1,
+    rounds: int = 50,
+    threads: int,
+    progress: Progress = silent,
 ) -> Benchmark:
     """Time two files of the same network. Each round runs both, in alternating order, so that both see the same machine."""
     if rounds < 3 or batch < 1 or threads < 1:
@@ -60,8 +67,8 @@ def benchmark(
     times = interleaved([_runner(s, arrays) for s in sessions], rounds, progress)
     ratios = sorted(f / q for f, q in zip(*times, strict=True))
     cut = int(len(ratios) * _SHARE)
-    medians = [statistics.median(t) * 1e3 for t in times]
-    return Benchmark(*medians, statistics.median(ratios), ratios[cut], ratios[-1 - cut], rounds, batch, threads)
+    before, after = (statistics.median(t) * 1e3 for t in times)
+    return Benchmark(before, after, statistics.median(ratios), ratios[cut], ratios[-1 - cut], rounds, batch, threads)
 
 
 def _runner(s: Any, arrays: list[Any]) -> Callable[[], Any]:

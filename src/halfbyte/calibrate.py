@@ -1,19 +1,19 @@
 """Run the data once, summarize every planned value, and choose its grid."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid
+from halfbyte.correct import ChannelMoments, along_weight, channel_moments, correct_bias, input_axis
 from halfbyte.errors import DataError, PlacementError
 from halfbyte.graph import bias_of, by_value, channel_axis, layers, tensors, weight_of
 from halfbyte.grids import MSE, GridRule, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.ops import Kind, clamp_bounds, kind
+from halfbyte.ops import CLAMP_CHANNELS, Kind, clamp_bounds, kind
 from halfbyte.run import run
 from halfbyte.stats import Histogram, histogram
 
@@ -31,24 +31,40 @@ def silent(_stage: str, _done: int, _total: int | None) -> None:
     """The progress report that reports nothing."""
 
 
-def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> dict[str, Histogram]:
-    """Histograms of all planned running values, in float, by value name. Memory does not grow with the data.
+@dataclass(frozen=True)
+class Observed:
+    """What one pass over the data has seen: histograms of planned values, and moments of what the layers read."""
+
+    histograms: Mapping[str, Histogram]
+    inputs: Mapping[str, ChannelMoments]
+    samples: int
+
+
+def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observed:
+    """Summarize all planned running values, in float, by value name. Memory does not grow with the data.
 
     Raises :class:`DataError` for an empty data set and for values that are not finite.
     """
     wanted = {n for n in m.plan if m.plan[n] is not None and n not in m.ties}
     wanted -= {value_name(n) for n in tensors(m.graph) if n.op == "get_attr"}
+    axes = {value_name(n.args[0]): input_axis(n) for n in layers(m.graph) if isinstance(n.args[0], fx.Node)}
     found: dict[str, Histogram] = {}
+    inputs: dict[str, ChannelMoments] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in wanted:
+            if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+                raise DataError(
+                    f"value '{name}' becomes NaN or infinite on the calibration data: check the network and its inputs"
+                )
             new = histogram(x)
-            if not (math.isfinite(new.minimum) and math.isfinite(new.maximum)):
-                raise DataError(f"value '{name}' becomes NaN or infinite on the calibration data: check the network and its inputs")
             found[name] = found[name].merged(new) if name in found else new
+        if name in axes:
+            moments = channel_moments(x, axes[name])
+            inputs[name] = inputs[name].merged(moments) if name in inputs else moments
         return x
 
-    reference = replace(m.as_float(), graph=m.graph)
+    reference = m.as_float()
     seen = 0
     with torch.inference_mode():
         for i, batch in enumerate(data):
@@ -57,7 +73,7 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> dict[st
             progress("calibrate", i + 1, None)
     if not seen:
         raise DataError("the calibration data is empty")
-    return found
+    return Observed(found, inputs, seen)
 
 
 def calibrate(
@@ -71,17 +87,28 @@ def calibrate(
 ) -> QModel:
     """Choose the grids of the plan: one pass over the data for running values, the parameters' own values for the rest.
 
-    activations, weights: the rule for the range (default: least squared error). overrides: value -> (lowest, highest).
+    activations, weights: the rule for the range (default: least squared error; of weights, weighted by the measured power of
+    the inputs they meet). overrides: value -> (lowest, highest). The mean error of the rounded weights goes into the biases.
     """
     _check_planned(m)
     kept: list[Inputs] = []
-    histograms = observe(m, _keeping(data, kept), progress=progress)
-    m = replace(m, samples=tuple(torch.cat(parts)[:PROOF_SAMPLES] for parts in zip(*kept, strict=True)))
+    observed = observe(m, _keeping(data, kept), progress=progress)
+    histograms = observed.histograms
+    m = replace(
+        m,
+        calibrated=observed.samples,
+        samples=tuple(torch.cat(parts)[:PROOF_SAMPLES] for parts in zip(*kept, strict=True)),
+    )
     rule = activations or MSE()
     chosen = {name: rule.activation(h, m.plan[name]) for name, h in histograms.items()}  # type: ignore[arg-type]
     log = [LogEntry("calibrate", None, f"running values: {rule.name} ranges of {len(chosen)} values")]
-    log += [LogEntry("calibrate", n, f"is always {h.minimum:g} on the data") for n, h in histograms.items() if h.minimum == h.maximum]
-    return set_grids(m, chosen, weights or MSE(), overrides or {}, log)
+    log += [
+        LogEntry("calibrate", n, f"is always {h.minimum:g} on the data")
+        for n, h in histograms.items()
+        if h.minimum == h.maximum
+    ]
+    m = set_grids(m, chosen, weights or MSE(), overrides or {}, log, inputs=observed.inputs)
+    return correct_bias(m, observed.inputs)
 
 
 def _keeping(data: Batches, kept: list[Inputs]) -> Iterator[Inputs]:
@@ -103,11 +130,13 @@ def set_grids(
     weights: GridRule,
     overrides: Mapping[str, tuple[float, float]],
     log: Sequence[LogEntry] = (),
+    *,
+    inputs: Mapping[str, ChannelMoments] | None = None,
 ) -> QModel:
     """Complete the grids: overrides, parameters, limits of clamps, and room for the biases."""
     from_user = _overridden(m, overrides)
     grids = {**chosen, **from_user}
-    grids |= _parameter_grids(m, weights)
+    grids |= _parameter_grids(m, weights, inputs or {})
     grids |= _clamped(m, grids)
     grids, floors = _room_for_bias(m, grids)
     dead = _dead_channels(m)
@@ -132,20 +161,25 @@ def _saturates(layer: fx.Node, target: Target) -> bool:
     return target.narrow_products and not depthwise
 
 
-def _parameter_grids(m: QModel, rule: GridRule) -> dict[str, Grid]:
-    assert m.target is not None  # noqa: S101 - checked at the entry
-    parameters, found = m.parameters, {}
+def _parameter_grids(m: QModel, rule: GridRule, inputs: Mapping[str, ChannelMoments]) -> dict[str, Grid]:
+    assert m.target is not None  # checked at the entry
+    parameters = m.parameters
+    found: dict[str, Grid] = {}
     users = {value_name(w): layer for layer in layers(m.graph) if (w := weight_of(layer)) is not None}
     for node in tensors(m.graph):
         form = m.plan.get(value_name(node))
         if node.op != "get_attr" or form is None:
             continue
-        w = parameters[str(node.target)]
+        values = parameters[str(node.target)]
         layer = users.get(value_name(node))
         if layer is None:  # an operand of an addition, say: a constant running value
-            found[value_name(node)] = rule.activation(histogram(w), form)
+            found[value_name(node)] = rule.activation(histogram(values), form)
         else:
-            found[value_name(node)] = rule.weight(w, form, _saturates(layer, m.target))
+            seen = inputs.get(value_name(layer.args[0]))  # type: ignore[arg-type]
+            power = None
+            if seen is not None and kind(layer) is not Kind.CONV_TRANSPOSE:
+                power = along_weight(layer, seen.power, values).expand_as(values)
+            found[value_name(node)] = rule.weight(values, form, _saturates(layer, m.target), power)
     return found
 
 
@@ -153,11 +187,15 @@ def _clamped(m: QModel, grids: Mapping[str, Grid]) -> dict[str, Grid]:
     """A clamp on codes limits them to the codes of its bounds; it shares scale and zero-point with what it clamps."""
     found: dict[str, Grid] = {}
     for node in tensors(m.graph):
-        bounds, name = clamp_bounds(node) if node.op == "call_function" else None, value_name(node)
+        bounds, name = _bounds(m, node), value_name(node)
         grid = grids.get(m.ties.get(name, name))
         if m.plan.get(name) is None or grid is None:
             continue
-        source = found.get(value_name(node.args[0])) if name in m.ties and isinstance(node.args[0], fx.Node) and "value" in node.args[0].meta else None
+        source = (
+            found.get(value_name(node.args[0]))
+            if name in m.ties and isinstance(node.args[0], fx.Node) and "value" in node.args[0].meta
+            else None
+        )
         if bounds is not None:
             found[name] = limited(source or grid, *bounds)
         elif source is not None:  # moves codes that were clamped before
@@ -165,14 +203,26 @@ def _clamped(m: QModel, grids: Mapping[str, Grid]) -> dict[str, Grid]:
     return found
 
 
-def limited(grid: Grid, low: float, high: float) -> Grid:
+def _bounds(m: QModel, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+    """The limits of a clamp, scalar or for each channel; None for any other node."""
+    if node.op != "call_function":
+        return None
+    if node.target is CLAMP_CHANNELS:
+        lower, upper = (m.parameters[str(a.target)] for a in node.args[1:3])  # type: ignore[union-attr]
+        return lower, upper
+    bounds = clamp_bounds(node)
+    return None if bounds is None else (torch.tensor(bounds[0]), torch.tensor(bounds[1]))
+
+
+def limited(grid: Grid, low: Tensor, high: Tensor) -> Grid:
     """The grid restricted to the codes of the real numbers in [low, high]: clamping codes equals clamping before rounding."""
-    lo, hi = grid.lo, grid.hi
-    if math.isfinite(low):
-        lo = torch.maximum(lo, (torch.round(torch.tensor(low) / grid.scale) + grid.zero).clamp(-(2**20), 2**20).int())
-    if math.isfinite(high):
-        hi = torch.minimum(hi, (torch.round(torch.tensor(high) / grid.scale) + grid.zero).clamp(-(2**20), 2**20).int())
-    return replace(grid, lo=torch.minimum(lo, grid.hi), hi=torch.maximum(hi, grid.lo))
+
+    def code(bound: Tensor) -> Tensor:
+        codes = torch.round(bound.to(grid.scale.device) / grid.scale) + grid.zero
+        codes = codes.clamp(-(2**20), 2**20).int().clamp(grid.lo, grid.hi)
+        return codes.flatten()[0] if bool((codes == codes.flatten()[0]).all()) else codes
+
+    return replace(grid, lo=code(low), hi=code(high))
 
 
 def _room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], list[LogEntry]]:
@@ -196,7 +246,11 @@ def _room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], 
         count = int((raised > grid.scale).sum())
         if count:
             changed[value_name(weight)] = replace(grid, scale=raised)
-            log.append(LogEntry("calibrate", value_name(weight), f"scale raised in {count} channels so that the bias fits int32"))
+            log.append(
+                LogEntry(
+                    "calibrate", value_name(weight), f"scale raised in {count} channels so that the bias fits int32"
+                )
+            )
     return changed, log
 
 
@@ -209,7 +263,9 @@ def _dead_channels(m: QModel) -> list[LogEntry]:
         w = parameters[str(weight.target)].movedim(channel_axis(layer), 0).flatten(1)
         dead = int((w.abs().amax(1) == 0).sum())
         if dead:
-            log.append(LogEntry("calibrate", value_name(weight), f"{dead} of {len(w)} output channels are dead; neutral scale"))
+            log.append(
+                LogEntry("calibrate", value_name(weight), f"{dead} of {len(w)} output channels are dead; neutral scale")
+            )
     return log
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +34,7 @@ def capture(net: nn.Module | ExportedProgram, example: Tensor | Sequence[Tensor]
     make a constant of it). The module is captured in eval mode and left as it was found. Raises :class:`CaptureError`.
     """
     inputs = _as_inputs(example)
+    reference: nn.Module
     if isinstance(net, ExportedProgram):
         program, reference = net, net.module()
     else:
@@ -55,7 +56,9 @@ def _as_inputs(example: Tensor | Sequence[Tensor]) -> Inputs:
 def _check_finite(net: nn.Module) -> None:
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CaptureError(f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged")
+            raise CaptureError(
+                f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged"
+            )
 
 
 @contextmanager
@@ -112,7 +115,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     if any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return program.run_decompositions({})
+            return cast(ExportedProgram, program.run_decompositions({}))
     return program
 
 
@@ -120,7 +123,9 @@ def _from_program(program: ExportedProgram) -> QModel:
     signature = program.graph_signature
     mutated = [s.target for s in signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if mutated:
-        raise CaptureError(f"the network changes its buffer '{mutated[0]}' while it runs: call net.eval() or remove the state")
+        raise CaptureError(
+            f"the network changes its buffer '{mutated[0]}' while it runs: call net.eval() or remove the state"
+        )
     tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
     graph, params = fx.Graph(), {}
     specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
@@ -134,7 +139,9 @@ def _from_program(program: ExportedProgram) -> QModel:
             copied[node] = graph.create_node("get_attr", target)
             params[target] = tensors[target].detach()
         elif node.op == "get_attr":
-            raise CaptureError(f"the network contains a sub-graph ({node.target}), as of control flow: it cannot be quantized")
+            raise CaptureError(
+                f"the network contains a sub-graph ({node.target}), as of control flow: it cannot be quantized"
+            )
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
     user_outputs = [s.arg for s in signature.output_specs]
@@ -147,15 +154,26 @@ def _from_program(program: ExportedProgram) -> QModel:
     drop_dead(graph)
     dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    m = QModel(graph, {k: v for k, v in params.items() if k in used}, _output_names(program, len(user_outputs)), dynamic=dynamic)
+    m = QModel(
+        graph,
+        {k: v for k, v in params.items() if k in used},
+        _output_names(program, len(user_outputs)),
+        dynamic=dynamic,
+    )
     return m.logged(*_capture_log(graph, dynamic))
 
 
 def _capture_log(graph: fx.Graph, dynamic: bool) -> list[LogEntry]:
     log = [] if dynamic else [LogEntry("capture", None, "the network fixes its batch size; captured static")]
-    modal = [n.meta["value"] for n in graph.nodes if base_name(n) in ("dropout", "batch_norm", "instance_norm") and "value" in n.meta]
+    modal = [
+        n.meta["value"]
+        for n in graph.nodes
+        if base_name(n) in ("dropout", "batch_norm", "instance_norm") and "value" in n.meta
+    ]
     if modal:
-        log.append(LogEntry("capture", None, f"{len(modal)} operations depend on train/eval mode; captured in eval mode"))
+        log.append(
+            LogEntry("capture", None, f"{len(modal)} operations depend on train/eval mode; captured in eval mode")
+        )
     return log
 
 
@@ -180,8 +198,10 @@ def _name_values(graph: fx.Graph, source: Mapping[fx.Node, fx.Node]) -> None:
     symbols: dict[str, str] = {}
     for node in graph.nodes:
         value = source[node].meta.get("val") if node in source else None
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim and not isinstance(value.shape[0], int):
-            symbols.setdefault(str(value.shape[0]), "batch")
+        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim:
+            size: Any = value.shape[0]
+            if not isinstance(size, int):
+                symbols.setdefault(str(size), "batch")
     modules = {node: _module_of(source[node]) if node in source else "" for node in graph.nodes}
     alone = Counter(modules[n] for n in graph.nodes if n.op == "call_function" and _is_value(source[n].meta.get("val")))
     taken: Counter[str] = Counter()
@@ -196,12 +216,14 @@ def _name_values(graph: fx.Graph, source: Mapping[fx.Node, fx.Node]) -> None:
         if isinstance(value, Tensor):
             node.meta |= {"shape": _shape(value, symbols), "dtype": str(value.dtype).removeprefix("torch.")}
         else:
-            node.meta["list"] = len(value)
+            node.meta["list"] = len(cast(Sequence[Tensor], value))
     output_node(graph).meta = {}
 
 
 def _is_value(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Tensor))
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Tensor)
+    )
 
 
 def _module_of(node: fx.Node) -> str:

@@ -71,12 +71,20 @@ def _preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--size", metavar="N|HxW", help="Height and width that the network takes."),
         click.option("--resize", type=int, metavar="N", help="Short side before the crop [default: size * 256 / 224]."),
-        click.option("--crop", type=click.Choice(["center", "none"]), help="How the size is reached [default: center]."),
-        click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), help="[default: bilinear]"),
-        click.option("--color", type=click.Choice(["rgb", "bgr", "gray"]), help="Order of the channels [default: rgb]."),
+        click.option(
+            "--crop", type=click.Choice(["center", "none"]), help="How the size is reached [default: center]."
+        ),
+        click.option(
+            "--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), help="[default: bilinear]"
+        ),
+        click.option(
+            "--color", type=click.Choice(["rgb", "bgr", "gray"]), help="Order of the channels [default: rgb]."
+        ),
         click.option("--mean", metavar="X|R,G,B", help="Subtracted from pixels of 0..255."),
         click.option("--std", metavar="X|R,G,B", help="Divides what is left."),
-        click.option("--preprocess", "preprocess_file", metavar="FILE", help="All of these from a .json or .toml file."),
+        click.option(
+            "--preprocess", "preprocess_file", metavar="FILE", help="All of these from a .json or .toml file."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -92,7 +100,9 @@ def _preprocess(options: dict[str, Any], fallback: Any = None) -> Any:
     given = {k: v for k, v in given.items() if v is not None}
     if file is not None:
         if given:
-            raise UsageError(f"--preprocess and --{next(iter(given))} were both given: put everything in the file or in the options")
+            raise UsageError(
+                f"--preprocess and --{next(iter(given))} were both given: put everything in the file or in the options"
+            )
         return Preprocess.from_file(file)
     if not given:
         return fallback
@@ -116,9 +126,24 @@ class _Progress:
     def __enter__(self) -> "_Progress":
         if self.shown:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
         return self
@@ -151,7 +176,9 @@ def _print(as_json: bool, quiet: bool, data: Any, text: str) -> None:
 
 def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> None:
     if value is not None:
-        raise UsageError("--weights is not an option: use --weight-bits for widths, or --checkpoint for a file with parameters")
+        raise UsageError(
+            "--weights is not an option: use --weight-bits for widths, or --checkpoint for a file with parameters"
+        )
 
 
 def _threads(threads: int | None) -> int:
@@ -164,20 +191,31 @@ def _threads(threads: int | None) -> int:
 
 @main.command()
 @click.argument("network")
-@click.option("--calibration", metavar="DATA", help="Unlabelled data: a folder of pictures, .npy, .npz or file.py:callable.")
+@click.option(
+    "--calibration", metavar="DATA", help="Unlabelled data: a folder of pictures, .npy, .npz or file.py:callable."
+)
 @click.option("-o", "--output", default="out", help="Folder for the result.")
-@click.option("--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + ".")
+@click.option(
+    "--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + "."
+)
 @click.option("--bits", metavar="WxAy", help="Widths of weights and activations [default: W8A8].")
 @click.option("--weight-bits", type=int, metavar="N", help="Width of weights alone.")
 @click.option("--activation-bits", type=int, metavar="N", help="Width of activations alone.")
 @click.option("--samples", default=256, help="Calibration samples to use.")
 @click.option("--batch", default=32, help="Samples at a time.")
 @click.option("--seed", default=0, help="Chooses the samples.")
-@click.option("--activation-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule.")
+@click.option(
+    "--activation-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule."
+)
 @click.option("--weight-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
-@click.option("--container", type=click.Choice(["packed", "int8"]), default="packed", help="How weights below 8 bits are stored.")
+@click.option(
+    "--container",
+    type=click.Choice(["packed", "int8"]),
+    default="packed",
+    help="How weights of 4 and fewer bits are stored.",
+)
 @click.option("--threads", type=int, help="[default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
@@ -203,7 +241,9 @@ def quantize(
 ) -> None:
     """Quantize NETWORK (file.py:callable, package.module:callable or net.pt2), export it to ONNX and prove the file."""
     if calibration is None:
-        raise UsageError("no calibration data: give --calibration, a folder of some hundred unlabelled pictures, .npy, .npz or file.py:callable")
+        raise UsageError(
+            "no calibration data: give --calibration, a folder of some hundred unlabelled pictures, .npy, .npz or file.py:callable"
+        )
     if bits is not None and (weight_bits is not None or activation_bits is not None):
         raise UsageError("--bits and --weight-bits or --activation-bits were both given: use one form")
     if resume and overwrite:
@@ -256,7 +296,7 @@ def _friendly_warnings(quiet: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module="halfbyte")
-            warnings.showwarning = lambda message, *_: _say(quiet, f"warning: {message}")  # type: ignore[assignment]
+            warnings.showwarning = lambda message, *_: _say(quiet, f"warning: {message}")
             logging.getLogger("torch").setLevel(logging.ERROR)
             yield
 
@@ -273,7 +313,11 @@ def _verdict(described: dict[str, Any], output: str) -> str:
     parity, size = described["parity"], described["size"]
     layers = described["layers"]
     integer = sum(row["integer"] for row in layers)
-    proven = "not proven" if parity is None else f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
+    proven = (
+        "not proven"
+        if parity is None
+        else f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
+    )
     seconds = sum(s["seconds"] for s in described["stages"])
     lines = [
         f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
@@ -285,9 +329,15 @@ def _verdict(described: dict[str, Any], output: str) -> str:
 
 @main.command()
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--data", metavar="DATA", help="Labelled data: a folder for each class, .npz with 'target', or file.py:callable.")
-@click.option("--metric", metavar="FILE:CALLABLE", help="Another task: a function (forward, data) or (forward) that scores.")
-@click.option("--classes", metavar="FILE", type=click.Path(path_type=Path), help="Class names in the order of the outputs.")
+@click.option(
+    "--data", metavar="DATA", help="Labelled data: a folder for each class, .npz with 'target', or file.py:callable."
+)
+@click.option(
+    "--metric", metavar="FILE:CALLABLE", help="Another task: a function (forward, data) or (forward) that scores."
+)
+@click.option(
+    "--classes", metavar="FILE", type=click.Path(path_type=Path), help="Class names in the order of the outputs."
+)
 @click.option("--limit", type=int, help="Use only so many samples.")
 @click.option("--batch", default=50, help="Samples at a time.")
 @click.option("--threads", type=int, help="[default: all cores]")
@@ -320,7 +370,9 @@ def evaluate(
     outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
     source = None
     if data is not None:
-        source = labelled(data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes)
+        source = labelled(
+            data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
+        )
     own = load_callable(metric) if metric is not None else None
     with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
         result = score(m, source, file=file, metric=own, threads=_threads(threads), progress=progress)
@@ -336,7 +388,9 @@ def _scores(result: Any) -> str:
         lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
     if result.difference is not None:
         d = result.difference
-        lines.append(f"difference from float: {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)")
+        lines.append(
+            f"difference from float: {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)"
+        )
     if "file_simulation" in result.agreement:
         lines.append(f"file and simulation decide alike on {result.agreement['file_simulation']:.2%} of the samples")
     lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in result.disagreements[:20]]
@@ -360,7 +414,10 @@ def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_jso
     m, file, _, described = open_output(output)
     if file is None:
         raise UsageError(f"'{output}' has no proven model.onnx to time")
-    with tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch, _Progress(quiet or as_json) as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch,
+        _Progress(quiet or as_json) as progress,
+    ):
         reference = Path(scratch) / "float.onnx"
         progress("export float", 0, None)
         float_file(m, reference)
@@ -435,7 +492,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list):
-        return "x".join(str(v) for v in value) if not value or not isinstance(value[0], str) or value[0] == "batch" else ", ".join(value)
+        return (
+            "x".join(str(v) for v in value)
+            if not value or not isinstance(value[0], str) or value[0] == "batch"
+            else ", ".join(value)
+        )
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -24,11 +24,14 @@ INTEGER_KERNELS = (
 # Operations that compute; everything else moves data, converts it or works on sizes.
 _MOVES = set(
     "Cast Clip Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather Identity MaxPool Max Min Pad QuantizeLinear "
-    "NhwcMaxPool Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose Unsqueeze DepthToSpace SpaceToDepth".split()
+    "NhwcMaxPool Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose "
+    "Unsqueeze DepthToSpace SpaceToDepth".split()
 )
 
 
-def session(model: str | Path | bytes, *, threads: int | None = None, optimized: Path | None = None) -> ort.InferenceSession:
+def session(
+    model: str | Path | bytes, *, threads: int | None = None, optimized: Path | None = None
+) -> ort.InferenceSession:
     """A CPU session with all of the engine's optimizations. optimized: where to write the graph that it runs."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -45,7 +48,9 @@ def session(model: str | Path | bytes, *, threads: int | None = None, optimized:
         raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
 
 
-def infer(s: ort.InferenceSession, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -> list[np.ndarray[Any, Any]]:
+def infer(
+    s: ort.InferenceSession, inputs: Sequence[Any], outputs: Sequence[str] | None = None
+) -> list[np.ndarray[Any, Any]]:
     """Run a session on one array or tensor for each input."""
     arrays = [t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t) for t in inputs]
     feed = {i.name: a for i, a in zip(s.get_inputs(), arrays, strict=True)}
@@ -69,11 +74,17 @@ def kernels(graph: onnx.ModelProto) -> tuple[Mapping[str, int], list[tuple[str, 
     """Integer kernels by count, and (operation, node name) of what computes in float."""
     integer: dict[str, int] = {}
     floats: list[tuple[str, str]] = []
-    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)}
+    types = {
+        v.name: v.type.tensor_type.elem_type for v in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)
+    }
     for node in graph.graph.node:
         if node.op_type in INTEGER_KERNELS:
             integer[node.op_type] = integer.get(node.op_type, 0) + 1
-        elif node.op_type not in _MOVES and not _repeats(node) and types.get(node.output[0]) in (None, TensorProto.FLOAT, TensorProto.FLOAT16):
+        elif (
+            node.op_type not in _MOVES
+            and not _repeats(node)
+            and types.get(node.output[0]) in (None, TensorProto.FLOAT, TensorProto.FLOAT16)
+        ):
             floats.append((node.op_type, node.name))
     return integer, floats
 
@@ -108,20 +119,27 @@ def fuses_additions() -> bool:
     """
     scales = {"a": 0.3, "b": 0.7, "y": 1.0}
     names = [("a", "as", "az"), ("b", "bs", "bz")]
-    constants = [numpy_helper.from_array(np.float32(v), f"{k}s") for k, v in scales.items()]
+    constants = [numpy_helper.from_array(np.array(v, np.float32), f"{k}s") for k, v in scales.items()]
     zeros = {"a": 0, "b": 117, "y": 0}
-    constants += [numpy_helper.from_array(np.uint8(v), f"{k}z") for k, v in zeros.items()]
+    constants += [numpy_helper.from_array(np.array(v, np.uint8), f"{k}z") for k, v in zeros.items()]
     a, b = (v.reshape(-1).astype(np.uint8) for v in np.meshgrid(np.arange(256), np.arange(256)))
     nodes = [helper.make_node("DequantizeLinear", list(n), [n[0] + "r"]) for n in names]
-    nodes += [helper.make_node("Add", ["ar", "br"], ["yr"]), helper.make_node("QuantizeLinear", ["yr", "ys", "yz"], ["y"])]
+    nodes += [
+        helper.make_node("Add", ["ar", "br"], ["yr"]),
+        helper.make_node("QuantizeLinear", ["yr", "ys", "yz"], ["y"]),
+    ]
     inputs = [helper.make_tensor_value_info(n, TensorProto.UINT8, [a.size]) for n in ("a", "b")]
-    graph = helper.make_graph(nodes, "probe", inputs, [helper.make_tensor_value_info("y", TensorProto.UINT8, [a.size])], constants)
+    graph = helper.make_graph(
+        nodes, "probe", inputs, [helper.make_tensor_value_info("y", TensorProto.UINT8, [a.size])], constants
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     got = infer(session(model.SerializeToString()), [a, b])[0].astype(np.int64)
     wrong = []
     for fused in (True, False):
         codes = [torch.from_numpy(v.astype(np.float32)) for v in (a, b)]
-        ratio = [torch.tensor(scales[k], dtype=torch.float32) / torch.tensor(scales["y"], dtype=torch.float32) for k in "ab"]
+        ratio = [
+            torch.tensor(scales[k], dtype=torch.float32) / torch.tensor(scales["y"], dtype=torch.float32) for k in "ab"
+        ]
         shift = -multiply_add(ratio[0], torch.tensor(float(zeros["a"])), ratio[1] * zeros["b"], fused)
         sums = multiply_add(codes[0], ratio[0], multiply_add(codes[1], ratio[1], shift, fused), fused)
         wrong.append(int((torch.round(sums).clamp(0, 255).numpy().astype(np.int64) != got).sum()))

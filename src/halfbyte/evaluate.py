@@ -13,9 +13,11 @@ from torch import Tensor
 
 from halfbyte import engine
 from halfbyte.calibrate import Progress, silent
-from halfbyte.errors import DataError, UsageError
+from halfbyte.errors import DataError, HalfbyteError, UsageError
+from halfbyte.integer import predict, run_integer
+from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
-from halfbyte.run import predict, run, simulate
+from halfbyte.run import run, simulate
 
 Forward = Callable[..., Tensor | Outputs]
 Metric = Callable[..., float | Mapping[str, float]]
@@ -61,25 +63,30 @@ class Evaluation:
             "samples": self.samples,
             **first,
             **{m.replace("-", ""): s for m, s in others.items()},
-            "difference": None if self.difference is None else vars(self.difference),
+            "difference": None
+            if self.difference is None
+            else {k: _finite(v) for k, v in vars(self.difference).items()},
             "agreement": dict(self.agreement),
             "disagreements": [{"index": i, "margin": margin} for i, margin in self.disagreements],
         }
 
 
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None  # JSON knows no infinity: one sample has no interval
+
+
 def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dict[str, Forward]:
-    """The three ways to run a network: float, simulation and, where there is a file, the file in its engine."""
+    """The three ways to run a network: float, the integer simulation and, where there is a file, the file in its engine."""
 
     def single(outputs: Outputs) -> Tensor | Outputs:
         return outputs[0] if len(outputs) == 1 else outputs
 
-    reference, tap = m.as_float(), simulate(m)
+    reference, low = m.as_float(), lower(m)
 
-    def simulated(*x: Tensor) -> Tensor | Outputs:
-        with torch.inference_mode():
-            return single(run(m, x, tap))
-
-    ways: dict[str, Forward] = {"float": lambda *x: single(predict(reference, x)), "simulation": simulated}
+    ways: dict[str, Forward] = {
+        "float": lambda *x: single(predict(reference, x)),
+        "simulation": lambda *x: single(run_integer(low, x)),
+    }
     if file is not None:
         s = engine.session(file, threads=threads)
         ways["file"] = lambda *x: single(tuple(torch.from_numpy(a) for a in engine.infer(s, x)))
@@ -111,17 +118,37 @@ def evaluate(
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:
     scores: dict[str, dict[str, float]] = {}
     both = len(inspect.signature(metric).parameters) > 1
+    if both and data is None:
+        raise UsageError(
+            "the metric takes (forward, data), and there is no data: give --data, or let it take forward alone"
+        )
     for i, (way, forward) in enumerate(ways.items()):
-        result = metric(forward, data) if both else metric(forward)
-        named = result if isinstance(result, Mapping) else {getattr(metric, "__name__", "metric"): result}
-        for name, value in named.items():
-            scores.setdefault(str(name), {})[way] = float(value)
+        for name, value in _scored(metric, (forward, data) if both else (forward,)).items():
+            scores.setdefault(name, {})[way] = value
         progress(f"evaluate {way}", i + 1, len(ways))
     samples = getattr(data, "count", None) or 0
     return Evaluation(samples, scores)
 
 
-def _classification(ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Tensor]], progress: Progress) -> Evaluation:
+def _scored(metric: Metric, arguments: tuple[Any, ...]) -> dict[str, float]:
+    """What a metric of the user's says, by name; whatever it does wrong is told in one line."""
+    own = getattr(metric, "__name__", "metric")
+    try:
+        result = metric(*arguments)
+        found = {str(k): float(v) for k, v in (result if isinstance(result, Mapping) else {own: result}).items()}
+    except HalfbyteError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the metric '{own}' fails with {type(error).__name__}: {error}") from error
+    bad = [k for k, v in found.items() if not math.isfinite(v)]
+    if bad or not found:
+        raise UsageError(f"the metric '{own}' gives {f'{found[bad[0]]} for {bad[0]}' if bad else 'no number'}")
+    return found
+
+
+def _classification(
+    ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Tensor]], progress: Progress
+) -> Evaluation:
     logits: dict[str, list[Tensor]] = {way: [] for way in ways}
     targets: list[Tensor] = []
     for i, (x, y) in enumerate(data):
@@ -129,7 +156,9 @@ def _classification(ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Te
             out = forward(*x)
             first = out if isinstance(out, Tensor) else out[0]
             if first.ndim != 2:
-                raise UsageError(f"the network's first output has shape {list(first.shape)}, not [batch, classes]: give a --metric")
+                raise UsageError(
+                    f"the network's first output has shape {list(first.shape)}, not [batch, classes]: give a --metric"
+                )
             logits[way].append(first)
         targets.append(y)
         progress("evaluate", i + 1, None)
@@ -141,7 +170,9 @@ def _classification(ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Te
     right = {way: (d == target).double() for way, d in decided.items()}
     scores = {"top-1": {way: float(r.mean()) for way, r in right.items()}}
     if outputs["float"].shape[1] >= 10:
-        scores["top-5"] = {w: float((o.topk(5, 1).indices == target[:, None]).any(1).double().mean()) for w, o in outputs.items()}
+        scores["top-5"] = {
+            w: float((o.topk(5, 1).indices == target[:, None]).any(1).double().mean()) for w, o in outputs.items()
+        }
     last = "file" if "file" in ways else "simulation"
     agreement = {f"{last}_float": float((decided[last] == decided["float"]).double().mean())}
     disagreements: tuple[tuple[int, float], ...] = ()
@@ -189,4 +220,3 @@ def signal_to_noise(m: QModel, samples: Inputs) -> dict[str, float]:
         run(m.as_float(), samples, remember)
         run(m, samples, compare)
     return found
-

@@ -14,14 +14,23 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
-from torch import Tensor, fx
+from torch import fx
 
 from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
 from halfbyte.graph import editable, output_node
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, QModel
-from halfbyte.ops import CLIP_CODES, CONV, CONV_TRANSPOSE, DEQUANTIZE, GLOBAL_AVERAGE_POOL, LOWERED_LINEAR, QUANTIZE
+from halfbyte.ops import (
+    CLAMP_CHANNELS,
+    CLIP_CODES,
+    CONV,
+    CONV_TRANSPOSE,
+    DEQUANTIZE,
+    GLOBAL_AVERAGE_POOL,
+    LOWERED_LINEAR,
+    QUANTIZE,
+)
 from halfbyte.parity import Parity, codes_name, compare
 
 OPSET = 21
@@ -56,7 +65,9 @@ def export_onnx(
     proof = samples if samples is not None else m.samples
     parity = compare(low, unproven, proof or example_inputs(m))
     if not parity.proven:
-        raise ParityError(_explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None)
+        raise ParityError(
+            _explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None
+        )
     os.replace(unproven, path)
     return parity
 
@@ -75,7 +86,11 @@ def example_inputs(m: QModel, batch: int = 2) -> Inputs:
     for node in m.inputs:
         shape = [d if isinstance(d, int) else batch for d in node.meta["shape"]]
         dtype = getattr(torch, node.meta["dtype"])
-        made.append(torch.randn(shape, generator=generator).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))
+        made.append(
+            torch.randn(shape, generator=generator).to(dtype)
+            if dtype.is_floating_point
+            else torch.ones(shape, dtype=dtype)
+        )
     return tuple(made)
 
 
@@ -84,7 +99,14 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
     module, original = _module(low)
     inputs = example_inputs(low)
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({i: batch if d == "batch" else torch.export.Dim.AUTO for i, d in enumerate(n.meta["shape"]) if isinstance(d, str)} for n in low.inputs)
+    shapes = tuple(
+        {
+            i: batch if d == "batch" else torch.export.Dim.AUTO
+            for i, d in enumerate(n.meta["shape"])
+            if isinstance(d, str)
+        }
+        for n in low.inputs
+    )
     try:
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -102,7 +124,7 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
             )
     except Exception as error:
         raise HalfbyteError(f"ONNX export failed: {_reason(error)}") from error
-    assert program is not None  # noqa: S101 - dynamo=True returns a program
+    assert program is not None  # dynamo=True returns a program
     model = program.model
     _fold_sizes(model)
     _restore_names(model, original)
@@ -179,8 +201,9 @@ def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: 
     return y
 
 
-def _clip_codes(codes: Any, lo: Any, hi: Any, axis: int) -> Any:
-    return op.Clip(codes, lo, hi)
+def _clamp(x: Any, lower: Any, upper: Any) -> Any:
+    single = all(len(t.shape) == 0 for t in (lower, upper))
+    return op.Clip(x, lower, upper) if single else op.Min(op.Max(x, lower), upper)
 
 
 def _conv(x: Any, weight: Any, bias: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
@@ -214,7 +237,8 @@ def _linear(x: Any, weight: Any, bias: Any) -> Any:
 _TRANSLATIONS: dict[Any, Any] = {
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
-    CLIP_CODES: _clip_codes,
+    CLIP_CODES: _clamp,
+    CLAMP_CHANNELS: _clamp,
     CONV: _conv,
     CONV_TRANSPOSE: _conv_transpose,
     LOWERED_LINEAR: _linear,
@@ -319,5 +343,3 @@ def _strip(model: ir.Model, metadata: Mapping[str, str]) -> None:
 def stored_bytes(array: np.ndarray[Any, Any], bits: int) -> int:
     """Bytes of a weight's codes in the file."""
     return (array.size + 1) // 2 if bits <= 4 else array.nbytes
-
-

@@ -33,19 +33,21 @@ class Format:
 
     def __post_init__(self) -> None:
         if not SMALLEST_BITS <= self.bits <= LARGEST_BITS:
-            raise FormatError(f"{self.bits} bits are not supported: choose a width from {SMALLEST_BITS} to {LARGEST_BITS}")
+            raise FormatError(
+                f"{self.bits} bits are not supported: choose a width from {SMALLEST_BITS} to {LARGEST_BITS}"
+            )
         if self.group is not None and (self.axis != 0 or self.group < 1):
             raise FormatError("a group size needs axis=0 and must be at least 1")
 
     @property
     def lo(self) -> int:
         """Smallest code."""
-        return (-(2 ** (self.bits - 1)) + int(self.narrow)) if self.signed else 0
+        return -(1 << (self.bits - 1)) + int(self.narrow) if self.signed else 0
 
     @property
     def hi(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - (1 if self.signed else 0))) - 1
 
     @property
     def granularity(self) -> str:

@@ -38,7 +38,8 @@ def is_real(node: fx.Node) -> bool:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The node that lists the network's outputs."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    found: fx.Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return found
 
 
 def output_values(graph: fx.Graph) -> list[fx.Node]:
@@ -87,14 +88,15 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def activation_inputs(node: fx.Node) -> list[fx.Node]:
-    """Tensor inputs that are not the parameters of a layer."""
-    if node.target in LAYERS:
+    """Tensor inputs that are not the parameters of a layer or the limits of a clamp."""
+    if node.target in LAYERS or kind(node) is Kind.CLAMP:
         return [n for n in tensor_inputs(node)[:1] if n.op != "get_attr"]
     return tensor_inputs(node)
 
 
 def parameter(graph: fx.Graph, name: str, like: fx.Node, shape: Iterable[int]) -> fx.Node:
     """A node for a parameter of this name, made before ``like`` if there is none yet."""
+    node: fx.Node
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == name:
             return node

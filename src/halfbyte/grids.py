@@ -19,18 +19,25 @@ _SEARCHED_BITS = 10  # a histogram of 2048 bins can tell apart grids of this wid
 class GridRule(Protocol):
     """How to choose a grid: for a running value from its histogram, for a parameter from its values."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The rule's name in the log."""
 
     def activation(self, h: Histogram, form: Format) -> Grid:
         """Grid of a running value."""
 
-    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
-        """Grid of a parameter. pairs: hold codes so small that two products of neighbours cannot saturate 16 bits."""
+    def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
+        """Grid of a parameter. pairs: hold codes so small that two products of neighbours cannot saturate 16 bits. power: mean
+        square of the input that each weight meets, shaped as ``w``: the weight's error counts by it.
+        """
 
 
 def from_range(lo: float, hi: float, form: Format, device: torch.device | str = "cpu") -> Grid:
     """The grid that covers [lo, hi], widened to contain zero, which it represents exactly."""
-    as_int = lambda v: torch.tensor(v, dtype=torch.int32, device=device)  # noqa: E731
+
+    def as_int(v: int) -> Tensor:
+        return torch.tensor(v, dtype=torch.int32, device=device)
+
     if lo == hi != 0.0 and not form.power_of_two:  # a constant: one step away from zero, exactly
         zero = form.lo if lo > 0 else form.hi
         zero = 0 if form.symmetric else zero
@@ -44,7 +51,9 @@ def from_range(lo: float, hi: float, form: Format, device: torch.device | str = 
     else:
         scale = (hi - lo) / (form.hi - form.lo)
     dead = scale < _SMALLEST and max(hi, -lo) == 0.0
-    step = torch.tensor(1.0 if dead else max(scale, torch.finfo(torch.float32).tiny * 2**24), dtype=torch.float32, device=device)
+    step = torch.tensor(
+        1.0 if dead else max(scale, torch.finfo(torch.float32).tiny * 2**24), dtype=torch.float32, device=device
+    )
     if form.power_of_two:
         step = power_of_two(step)
     if not form.symmetric:
@@ -98,11 +107,17 @@ def weight_grid(w: Tensor, form: Format, threshold: Tensor, pairs: Tensor | None
     scale = torch.where(threshold > 0, scale.clamp(min=torch.finfo(torch.float32).tiny * 2**24), torch.ones_like(scale))
     if form.power_of_two:
         scale = power_of_two(scale)
-    limit = torch.floor(threshold / scale + 0.5).clamp(max=form.hi).int() if pairs is not None else torch.full_like(scale, form.hi).int()
-    lowest = torch.maximum(-limit, torch.full_like(limit, form.lo)) if pairs is not None else torch.full_like(limit, form.lo)
+    limit = (
+        torch.floor(threshold / scale + 0.5).clamp(max=form.hi).int()
+        if pairs is not None
+        else torch.full_like(scale, form.hi).int()
+    )
+    lowest = (
+        torch.maximum(-limit, torch.full_like(limit, form.lo)) if pairs is not None else torch.full_like(limit, form.lo)
+    )
     zero = torch.zeros_like(limit)
-    parts = (shaped(t, w, form) for t in (scale, zero, lowest, limit))
-    return Grid(*parts, axis=form.axis, group=form.group)
+    step, zeros, low, high = (shaped(t, w, form) for t in (scale, zero, lowest, limit))
+    return Grid(step, zeros, low, high, axis=form.axis, group=form.group)
 
 
 def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
@@ -115,7 +130,8 @@ def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
         scale = power_of_two(scale)
     zero = (form.lo - torch.round(lo / scale)).clamp(form.lo, form.hi).int()
     ends = (torch.full_like(zero, form.lo), torch.full_like(zero, form.hi))
-    return Grid(*(shaped(t, w, form) for t in (scale, zero, *ends)), axis=form.axis, group=form.group)
+    step, zeros, low, high = (shaped(t, w, form) for t in (scale, zero, *ends))
+    return Grid(step, zeros, low, high, axis=form.axis, group=form.group)
 
 
 def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> Grid:
@@ -124,10 +140,10 @@ def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> G
     return _asymmetric_weight(w, form, share)
 
 
-def _errors(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> Tensor:
-    """[rows]: squared error of each row."""
-    error = fake_quantize(w, _row_grid(w, form, share, pairs)) - w
-    return rows(error.square(), form).sum(1)
+def _errors(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None, power: Tensor | None) -> Tensor:
+    """[rows]: squared error of each row, weighted by the power of its inputs."""
+    error = (fake_quantize(w, _row_grid(w, form, share, pairs)) - w).square()
+    return rows(error if power is None else error * power, form).sum(1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +156,7 @@ class MinMax:
         """Grid from the exact extremes."""
         return from_range(h.minimum, h.maximum, form, h.counts.device)
 
-    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+    def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid from the extremes of each row."""
         one = torch.ones(rows(w, form).shape[0], device=w.device)
         return _row_grid(w, form, one, _two_largest(w, form) if pairs else None)
@@ -160,7 +176,7 @@ class Percentile:
         hi = h.quantile(1 - tail) if h.maximum > 0 else 0.0
         return from_range(max(lo, h.minimum), min(hi, h.maximum), form, h.counts.device)
 
-    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+    def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid from a quantile of the magnitudes of each row."""
         flat = rows(w, form).abs().float()
         position = max(1, round(self.share * flat.shape[1]))
@@ -193,23 +209,27 @@ class MSE:
                 break
         return from_range(lo * share_lo, hi * share_hi, form, device)
 
-    def weight(self, w: Tensor, form: Format, pairs: bool) -> Grid:
+    def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid by a search for each row: a net of shares of the range, then a finer one around the best."""
         two = _two_largest(w, form) if pairs else None
         count = rows(w, form).shape[0]
         best = torch.ones(count, device=w.device)
-        least = _errors(w, form, best, two)
-        # At 8 bits the optimum lies near the whole range, at 2 bits near a quarter of it: net from 1 down, steps as wide
-        # as the optimum is flat there.
-        lowest = {2: 0.2, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6, 7: 0.7}.get(form.bits, 0.8)
-        for centre, span, steps in ((None, (lowest, 0.98), 16), (best, (-0.02, 0.02), 4)):
-            for offset in torch.linspace(*span, steps).tolist():
-                share = torch.full_like(best, offset) if centre is None else (centre + offset).clamp(0.05, 1.0)
-                error = _errors(w, form, share, two)
-                better = error < least
-                least = torch.where(better, error, least)
-                best = torch.where(better, share, best)
+        least = _errors(w, form, best, two, power)
+        # Inputs of little power may meet the largest weights, so the optimum can lie far below the whole range.
+        for share in torch.logspace(-1.0, -0.01, 24).tolist():
+            best, least = self._better(w, form, torch.full_like(best, share), two, power, best, least)
+        for step in (-0.03, -0.015, 0.015, 0.03):
+            best, least = self._better(w, form, (best * (1 + step)).clamp(max=1.0), two, power, best, least)
         return _row_grid(w, form, best, two)
+
+    @staticmethod
+    def _better(
+        w: Tensor, form: Format, share: Tensor, two: Tensor | None, power: Tensor | None, best: Tensor, least: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For each row the better of two shares, with its error."""
+        error = _errors(w, form, share, two, power)
+        better = error < least
+        return torch.where(better, share, best), torch.where(better, error, least)
 
 
 def _histogram_errors(h: Histogram, form: Format, lo: Tensor, hi: Tensor) -> Tensor:
@@ -222,10 +242,7 @@ def _histogram_errors(h: Histogram, form: Format, lo: Tensor, hi: Tensor) -> Ten
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     if form.power_of_two:
         scale = power_of_two(scale)
-    if not form.symmetric:
-        zero = (form.lo - torch.round(lo[:, None] / scale)).clamp(form.lo, form.hi)
-    else:
-        zero = zero[:, None]
+    zero = zero[:, None] if form.symmetric else (form.lo - torch.round(lo[:, None] / scale)).clamp(form.lo, form.hi)
     held = h.counts > 0
     centres, counts = h.centres[held], h.counts[held]
     codes = (torch.round(centres / scale) + zero).clamp(form.lo, form.hi)

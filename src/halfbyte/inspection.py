@@ -74,7 +74,8 @@ def inspect_onnx(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "nodes": len(model.graph.node),
         "tensors": [
-            {"name": t.name, "shape": list(t.dims), "dtype": types.Name(t.data_type).lower()} for t in model.graph.initializer
+            {"name": t.name, "shape": list(t.dims), "dtype": types.Name(t.data_type).lower()}
+            for t in model.graph.initializer
         ],
         "integer_kernels": dict(kernels),
         "float_nodes": [{"op": o, "name": n} for o, n in floats],

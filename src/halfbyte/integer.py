@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from halfbyte.engine import fuses_additions, multiply_add
+from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.ops import (
     CLIP_CODES,
@@ -52,7 +53,9 @@ class Codes:
         return self.centred.float() * _along(self.scale, self.codes, self.axis)
 
 
-Requantize = Callable[[Tensor, Tensor], Tensor]  # output scale, output zero-point -> codes before the container's limits
+Requantize = Callable[
+    [Tensor, Tensor], Tensor
+]  # output scale, output zero-point -> codes before the container's limits
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ def run_integer(low: QModel, x: Inputs, tap: Tap = keep) -> Outputs:
         return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, KERNELS)))
 
 
+def predict(m: QModel, x: Inputs) -> Outputs:
+    """What a calibrated model's exported file computes, to the last bit for integer kernels; a float model as it is.
+
+    Every call lowers the model: to run many batches, call :func:`lower` once and :func:`run_integer` for each.
+    """
+    if not m.grids:
+        with torch.inference_mode():
+            return run(m, x)
+    return run_integer(lower(m), x)
+
+
 def run_simulated(low: QModel, x: Inputs) -> Outputs:
     """Evaluate a lowered model in float arithmetic: every operation on dequantized values, as training and search see it."""
     with torch.inference_mode():
@@ -106,7 +120,9 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _evaluator(tap: Tap, kernels: Mapping[Any, Callable[..., Any]]) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
+def _evaluator(
+    tap: Tap, kernels: Mapping[Any, Callable[..., Any]]
+) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
     def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target is DEQUANTIZE:
             codes, scale, zero, axis, group = args[:5]
@@ -117,8 +133,8 @@ def _evaluator(tap: Tap, kernels: Mapping[Any, Callable[..., Any]]) -> Callable[
         if node.target is QUANTIZE:
             return tap(args[4], _quantize(args))
         if node.target is CLIP_CODES:
-            codes, lo, hi, axis = args
-            clipped = torch.minimum(torch.maximum(codes, _along(lo.float(), codes, axis)), _along(hi.float(), codes, axis))
+            codes, lo, hi = args
+            clipped = torch.minimum(torch.maximum(codes, lo.float()), hi.float())
             return tap(value_name(node), clipped)
         kernel = kernels.get(node.target)
         if kernel is not None and runs_in_integers(node):
@@ -213,7 +229,7 @@ def _by_parts(x: Tensor, w: Tensor, largest: float, product: Callable[[Tensor, T
         xs, ws = x[:, a:b], w[:, a:b]
         part = product(xs, ws).double() if exact else product(xs.double(), ws.double())
         total_sum = part if total_sum is None else total_sum + part
-    assert total_sum is not None  # noqa: S101 - there is always a last part
+    assert total_sum is not None  # there is always a last part
     return total_sum
 
 
@@ -230,7 +246,9 @@ def _linear(x: Codes, w: Codes, b: Any) -> Any:
     if isinstance(b, Codes):
         acc = acc.double() + b.codes
     pending = _requantized(acc, scale, acc.ndim - 1)
-    if isinstance(b, Tensor):  # tokens: the engine multiplies in integers and adds the bias in float
+    if (
+        isinstance(b, Tensor) and pending.real is not None
+    ):  # tokens: the engine multiplies in integers and adds the bias in float
         return pending.real + b
     return pending
 

@@ -32,6 +32,7 @@ from halfbyte.targets import find
 
 _log = logging.getLogger("halfbyte")
 MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
+UNPROVEN = "model.unproven.onnx"
 RULES: dict[str, GridRule] = {"mse": MSE(), "min-max": MinMax(), "percentile": Percentile()}
 Result = TypeVar("Result")
 
@@ -120,12 +121,25 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if not folder.is_dir():
         raise UsageError(f"the output '{folder}' is a file: name a folder")
     if any(folder.iterdir()) and not (resume or overwrite):
-        raise UsageError(f"the output folder '{folder}' exists: use --resume to go on, --overwrite to start again, or another -o")
-    if overwrite and any(folder.iterdir()) and not (folder / SUMMARY).exists() and not (folder / CHECKPOINT).exists():
-        raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so --overwrite would delete something else")
+        raise UsageError(
+            f"the output folder '{folder}' exists: use --resume to go on, --overwrite to start again, or another -o"
+        )
+    ours = (folder / SUMMARY).is_file() or (folder / CHECKPOINT / "graph.json").is_file()
+    if any(folder.iterdir()) and not ours:
+        what = "--overwrite would delete something else" if overwrite else "there is nothing to --resume"
+        raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so {what}")
 
 
-def quantize_job(settings: Settings, *, command: str, resume: bool, overwrite: bool, progress: Progress = silent) -> dict[str, Any]:
+def _clear(folder: Path) -> None:
+    """Remove an earlier result, and nothing that somebody else has put beside it."""
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    for name in (MODEL, UNPROVEN, SUMMARY, REPORT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def quantize_job(
+    settings: Settings, *, command: str, resume: bool, overwrite: bool, progress: Progress = silent
+) -> dict[str, Any]:
     """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
     out = Path(settings.output)
     check_output(out, resume=resume, overwrite=overwrite)
@@ -159,7 +173,7 @@ def quantize_job(settings: Settings, *, command: str, resume: bool, overwrite: b
             ),
         )
         if overwrite and out.exists():
-            shutil.rmtree(out)
+            _clear(out)
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
@@ -172,7 +186,9 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
     if example is None and preprocess is not None:
         example = (torch.zeros(2, preprocess.channels, *preprocess.shape),)
     if example is None:
-        raise UsageError(f"'{network}' brings no example inputs: return (module, example inputs), or give --size for images")
+        raise UsageError(
+            f"'{network}' brings no example inputs: return (module, example inputs), or give --size for images"
+        )
     return capture(net, example)
 
 
@@ -188,6 +204,9 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
         )
     except ParityError as error:
         failure = error
+    except BaseException:  # only a file that was found to differ stays for inspection
+        (out / UNPROVEN).unlink(missing_ok=True)
+        raise
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows
     write_summary(out, described)
@@ -196,12 +215,14 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
     return described
 
 
-def _describe(out: Path, settings: Settings, m: QModel, parity: Parity | None, stages: Stages, command: str) -> dict[str, Any]:
+def _describe(
+    out: Path, settings: Settings, m: QModel, parity: Parity | None, stages: Stages, command: str
+) -> dict[str, Any]:
     return summary.describe(
         m,
         network=settings.network,
         command=command,
-        configuration={**settings.to_dict(), "calibration_samples": settings.samples},
+        configuration={**settings.to_dict(), "calibration_samples": m.calibrated},
         seed=settings.seed,
         file=out / MODEL if parity is not None else None,
         parity=parity,
@@ -211,12 +232,18 @@ def _describe(out: Path, settings: Settings, m: QModel, parity: Parity | None, s
 
 
 def _save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
+    found = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         save(m, out / CHECKPOINT)
-        _write(out / CHECKPOINT / "state.json", json.dumps({"configuration": settings.to_dict(), "stages": stages.rows}))
-    except OSError as error:
-        raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
+        _write(
+            out / CHECKPOINT / "state.json", json.dumps({"configuration": settings.to_dict(), "stages": stages.rows})
+        )
+    except BaseException as error:  # an interruption too: half a checkpoint is none
+        shutil.rmtree(out / CHECKPOINT if found else out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
+        raise
 
 
 def _read_state(out: Path) -> dict[str, Any]:
@@ -230,7 +257,7 @@ def _read_state(out: Path) -> dict[str, Any]:
 def _resumed(out: Path, settings: Settings) -> QModel | None:
     """The model of an interrupted run; None if it had not come that far."""
     state = _read_state(out)
-    if not state:
+    if not isinstance(state.get("configuration"), dict):
         return None
     before, now = state["configuration"], json.loads(json.dumps(settings.to_dict()))
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
@@ -264,7 +291,9 @@ def read_summary(out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise StoreError(f"'{out / SUMMARY}' is damaged: {error}") from error
     if not isinstance(found, dict) or found.get("schema") != summary.SCHEMA:
-        raise StoreError(f"'{out / SUMMARY}' has another schema than {summary.SCHEMA}: quantize again with this version")
+        raise StoreError(
+            f"'{out / SUMMARY}' has another schema than {summary.SCHEMA}: quantize again with this version"
+        )
     return found
 
 

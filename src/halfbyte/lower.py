@@ -25,7 +25,6 @@ from halfbyte.ops import (
     REQUANTIZE,
     Kind,
     base_name,
-    clamp_bounds,
     kind,
 )
 
@@ -45,8 +44,10 @@ class _Lowering:
 
     def constant(self, name: str, tensor: Tensor) -> fx.Node:
         """A node for a stored tensor."""
+        node: fx.Node
         if name in self.params:
-            return next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name)
+            node = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name)
+            return node
         self.params[name] = tensor
         node = self.graph.create_node("get_attr", name)
         node.meta = {"value": name, "shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
@@ -63,7 +64,7 @@ class _Lowering:
         if source not in self.real:
             name = value_name(source)
             grid = self.m.grid(name)
-            assert grid is not None  # noqa: S101 - codes exist only where there is a grid
+            assert grid is not None  # codes exist only where there is a grid
             scale, zero = self._grid_constants(source, grid)
             axis, bits = -1 if grid.axis is None else grid.axis, self.m.plan[name].bits  # type: ignore[union-attr]
             args = (self.codes[source], scale, zero, axis, grid.group or 0, bits, name)
@@ -78,7 +79,7 @@ class _Lowering:
     def quantized(self, source: fx.Node, x: fx.Node) -> None:
         """Codes for ``source`` from the real-valued node ``x``; limits only where the container does not set them."""
         name, grid = value_name(source), self.m.grid(value_name(source))
-        assert grid is not None  # noqa: S101
+        assert grid is not None
         scale, zero = self._grid_constants(source, grid)
         axis = -1 if grid.axis is None else grid.axis
         dtype = code_dtype(self.m, name)
@@ -97,14 +98,16 @@ class _Lowering:
         dtype = code_dtype(self.m, value_name(source))
         if self._container_limits(value_name(source), grid):
             return codes
-        limits = (self.constant(f"{value_name(source)}:{end}", t.to(dtype)) for end, t in (("lo", grid.lo), ("hi", grid.hi)))
-        return self.call(CLIP_CODES, (codes, *limits, -1 if grid.axis is None else grid.axis), source, dtype=codes.meta["dtype"])
+        limits = (
+            self.constant(f"{value_name(source)}:{end}", t.to(dtype)) for end, t in (("lo", grid.lo), ("hi", grid.hi))
+        )
+        return self.call(CLIP_CODES, (codes, *limits), source, dtype=codes.meta["dtype"])
 
 
 def code_dtype(m: QModel, value: str) -> torch.dtype:
     """The integer type that holds a value's codes."""
     form = m.plan[value]
-    assert form is not None  # noqa: S101
+    assert form is not None
     return _DTYPES[container_bits(form.bits), form.signed]
 
 
@@ -136,7 +139,7 @@ def _lower_node(low: _Lowering, node: fx.Node) -> None:
         low.real[node] = low.graph.node_copy(node, lambda n: _for_size(low, n))
     elif (planned or "list" in node.meta) and _moves_codes(low, node):
         _lower_move(low, node)
-    elif planned and clamp_bounds(node) is not None:
+    elif planned and kind(node) is Kind.CLAMP:
         low.quantized(node, _real(low, node.args[0]))  # the grid's limits are the clamp
     else:
         result = _lower_operation(low, node)
@@ -147,7 +150,9 @@ def _lower_node(low: _Lowering, node: fx.Node) -> None:
 
 
 def _real(low: _Lowering, node: Any) -> fx.Node:
-    if "list" in node.meta and node not in low.real:  # a list of codes has no grid of its own: its items may be read either way
+    if (
+        "list" in node.meta and node not in low.real
+    ):  # a list of codes has no grid of its own: its items may be read either way
         low.real[node] = _lower_operation(low, node)
     return low.dequantized(node) if node in low.codes and "list" not in node.meta else low.real[node]
 
@@ -163,7 +168,7 @@ def _lower_parameter(low: _Lowering, node: fx.Node, planned: bool) -> None:
         low.real[node] = low.constant(name, tensor)
         return
     grid = low.m.grid(value_name(node))
-    assert grid is not None  # noqa: S101
+    assert grid is not None
     low.codes[node] = low.constant(f"{name}:codes", quantize(tensor, grid).to(code_dtype(low.m, value_name(node))))
 
 
@@ -179,13 +184,13 @@ def _lower_move(low: _Lowering, node: fx.Node) -> None:
     source = node.args[0]
     grid = low.m.grid(value_name(node)) if "list" not in node.meta else None
     dtype = low.codes[source].meta.get("dtype")  # type: ignore[index]
-    if clamp_bounds(node) is not None:
-        assert grid is not None  # noqa: S101
+    if kind(node) is Kind.CLAMP:
+        assert grid is not None
         low.codes[node] = low.clipped(node, low.codes[source], grid)  # type: ignore[index]
         return
     args = fx.map_arg(node.args, lambda n: _for_size(low, n))
     if base_name(node) == "pad":
-        assert grid is not None  # noqa: S101
+        assert grid is not None
         args = (args[0], args[1], "constant", int(grid.zero))
     meta = {"dtype": dtype} if "list" not in node.meta else {}
     low.codes[node] = low.call(node.target, args, node, **meta)
@@ -220,7 +225,7 @@ def _lower_layer(low: _Lowering, node: fx.Node, weight: fx.Node) -> fx.Node:
 def _transposed_weight(low: _Lowering, weight: fx.Node) -> fx.Node:
     name = value_name(weight)
     grid = low.m.grid(name)
-    assert grid is not None  # noqa: S101
+    assert grid is not None
     if grid.group is not None:
         raise PlacementError(f"weight '{name}' has a scale for each group: no engine here multiplies that in integers")
     codes = low.constant(f"{name}:codes.transposed", low.params[f"{name}:codes"].t().contiguous())
@@ -232,12 +237,15 @@ def _transposed_weight(low: _Lowering, weight: fx.Node) -> fx.Node:
 
 def _integer_bias(low: _Lowering, node: fx.Node, weight: fx.Node, bias_node: fx.Node) -> fx.Node:
     x_grid, w_grid = low.m.grid(value_name(node.args[0])), low.m.grid(value_name(weight))  # type: ignore[arg-type]
-    assert x_grid is not None and w_grid is not None  # noqa: S101,PT018
+    assert x_grid is not None and w_grid is not None
     bias = low.m.parameters[str(bias_node.target)]
     scale = x_grid.scale * w_grid.scale
     codes = torch.round(bias.double() / scale.double()).clamp(-_INT32, _INT32).to(torch.int32)
     name = f"{value_name(node)}:bias"
     codes_node = low.constant(f"{name}:codes", codes)
-    constants = (low.constant(f"{name}:scale", scale), low.constant(f"{name}:zero", torch.zeros_like(scale, dtype=torch.int32)))
+    constants = (
+        low.constant(f"{name}:scale", scale),
+        low.constant(f"{name}:zero", torch.zeros_like(scale, dtype=torch.int32)),
+    )
     axis = -1 if scale.ndim == 0 else 0
     return low.call(DEQUANTIZE, (codes_node, *constants, axis, 0, 32, name), bias_node)

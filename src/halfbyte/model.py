@@ -47,7 +47,7 @@ class Target:
     """What an inference engine can run in integers, as data.
 
     integer: kinds of operation (``Kind.value``) with an integer kernel. float_output: those whose kernel may write floats, so
-    that no quantizer is needed behind them. own_grid: kinds that compute and therefore get a grid of their own.
+    that no quantizer is needed behind them.
     per_channel: one weight scale for each output channel. narrow_products: on CPUs that add pairs of 8-bit products in 16
     bits, weights are held so small that no pair can saturate. engine: who runs and proves the file.
     """
@@ -71,6 +71,7 @@ class QModel:
     an explicit "stays in float". ties: value -> the value whose grid it shares. grids: value -> grid. moments: value ->
     batch-norm moments. log: what was done and why. outputs: names of the network's outputs. dynamic: the batch size is free.
     target: what the plan was made for. samples: a few calibration inputs, on which an exported file is proven.
+    calibrated: how many samples the grids were chosen on.
     """
 
     graph: fx.Graph
@@ -85,6 +86,7 @@ class QModel:
     log: tuple[LogEntry, ...] = ()
     target: Target | None = None
     samples: Inputs = ()
+    calibrated: int = 0
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -1,9 +1,13 @@
 """A network from the command line: ``file.py:callable``, ``package.module:callable`` or ``net.pt2``, with a checkpoint."""
 
 import json
+import os
 import pickle
+import re
+import traceback
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from halfbyte.errors import CaptureError, UsageError
+from halfbyte.errors import CaptureError, HalfbyteError, UsageError
 from halfbyte.loading import load_callable
 
 Network = nn.Module | ExportedProgram
+_PICKLED = "'{}' holds pickled objects that could run code: use --trust if you know where it comes from"
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_FORMULA = re.compile(r"([A-Z]\w*|[a-z]+\d+|[\d\s,+\-*/()<>=!&|~]|\d\.\d)*")  # s0, Max(1, s0), no other names
 
 
 def open_network(
@@ -34,11 +41,21 @@ def open_network(
             raise UsageError("a .pt2 file brings its own weights: leave out --checkpoint")
         return _open_program(Path(spec), trust)
     if spec.endswith((".pt", ".pth", ".safetensors")):
-        raise UsageError(f"'{spec}' holds weights, not a network: give the network as file.py:callable and these as --checkpoint")
-    made = load_callable(spec)()
+        raise UsageError(
+            f"'{spec}' holds weights, not a network: give the network as file.py:callable and these as --checkpoint"
+        )
+    function = load_callable(spec)
+    try:
+        made = function()
+    except HalfbyteError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"'{spec}' fails with {type(error).__name__}: {error}{_where(error)}") from error
     net, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(net, nn.Module):
-        raise CaptureError(f"'{spec}' returned {type(net).__name__}, not a torch.nn.Module (or a pair of module and example inputs)")
+        raise CaptureError(
+            f"'{spec}' returned {type(net).__name__}, not a torch.nn.Module (or a pair of module and example inputs)"
+        )
     if isinstance(example, Tensor):
         example = (example,)
     if example is not None and not all(isinstance(t, Tensor) for t in example):
@@ -48,12 +65,21 @@ def open_network(
     return net.eval(), None if example is None else tuple(example)
 
 
+def _where(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({Path(frame.filename).name}, line {frame.lineno})"
+
+
 def _load_checkpoint(net: nn.Module, path: Path, trust: bool) -> None:
     state = _read_state(path, trust)
     expected = net.state_dict()
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
-        parts = [f"{len(names)} {what}, such as '{names[0]}'" for names, what in ((missing, "missing"), (unexpected, "unexpected")) if names]
+        parts = [
+            f"{len(names)} {what}, such as '{names[0]}'"
+            for names, what in ((missing, "missing"), (unexpected, "unexpected"))
+            if names
+        ]
         raise UsageError(f"checkpoint '{path}' does not fit the network: keys {' and '.join(parts)}")
     wrong = [k for k, t in state.items() if t.shape != expected[k].shape]
     if wrong:
@@ -70,7 +96,7 @@ def _read_state(path: Path, trust: bool) -> dict[str, Tensor]:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise UsageError(f"'{path}' holds pickled objects that could run code: use --trust if you know where it comes from") from error
+        raise UsageError(_PICKLED.format(path)) from error
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         raise UsageError(f"'{path}' cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
     for key in ("state_dict", "model_state_dict", "model"):  # what training scripts wrap it in
@@ -87,11 +113,39 @@ def _open_program(path: Path, trust: bool) -> tuple[ExportedProgram, tuple[Tenso
     if not trust:
         _check_without_pickle(path)
     try:
-        program = torch.export.load(path)
+        with _tensors_only(not trust):
+            program = torch.export.load(path)
+    except pickle.UnpicklingError as error:
+        raise CaptureError(_PICKLED.format(path)) from error
     except Exception as error:
         raise CaptureError(f"'{path}' cannot be read as an exported program: {str(error).splitlines()[0]}") from error
     example = program.example_inputs[0] if program.example_inputs else None
     return program, tuple(example) if example and all(isinstance(t, Tensor) for t in example) else None
+
+
+@contextmanager
+def _tensors_only(wanted: bool) -> Iterator[None]:
+    """Inside, torch unpickles nothing but tensors, whatever its own code asks for (it falls back to plain pickle)."""
+    before = os.environ.get(_FORCE)
+    if wanted:
+        os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if wanted and before is None:
+            del os.environ[_FORCE]
+        elif before is not None:
+            os.environ[_FORCE] = before
+
+
+def _check_expressions(value: Any) -> None:
+    """Sizes are stored as formulas, which sympy evaluates as Python: refuse what is no formula."""
+    if isinstance(value, dict):
+        text = value.get("expr_str", "")
+        if not isinstance(text, str) or "__" in text or not _FORMULA.fullmatch(text):
+            raise pickle.UnpicklingError(f"{text!r} is no formula")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_expressions(part)
 
 
 def _check_without_pickle(path: Path) -> None:
@@ -105,13 +159,19 @@ def _check_without_pickle(path: Path) -> None:
             pickled = _pickled_members(archive)
             for name in archive.namelist():
                 data = archive.read(name)
-                if name.endswith(".json") or not (name in pickled or data[:2] == b"PK" or name.endswith((".pt", ".pkl"))):
+                if name.endswith(".json"):
+                    _check_expressions(json.loads(data))
+                if name.endswith(".json") or not (
+                    name in pickled or data[:2] == b"PK" or name.endswith((".pt", ".pkl"))
+                ):
                     continue
                 torch.load(BytesIO(data), weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CaptureError(f"'{path}' holds pickled objects that could run code: use --trust if you know where it comes from") from error
-    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise CaptureError(f"'{path}' is not an exported program, or is damaged: {str(error).splitlines()[0]}") from error
+        raise CaptureError(_PICKLED.format(path)) from error
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise CaptureError(
+            f"'{path}' is not an exported program, or is damaged: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _pickled_members(archive: zipfile.ZipFile) -> set[str]:
@@ -123,5 +183,5 @@ def _pickled_members(archive: zipfile.ZipFile) -> set[str]:
         if name.endswith("config.json"):
             for entry in json.loads(archive.read(name)).get("config", {}).values():
                 if entry.get("use_pickle"):
-                    found |= {n for n in archive.namelist() if n.rsplit("/", 1)[-1] == entry.get("path_name")}
+                    found |= {n for n in archive.namelist() if n.endswith(str(entry.get("path_name")))}
     return found

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-_LIBRARY = torch.library.Library("halfbyte", "DEF")
+_LIBRARY = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(schema: str, function: Any) -> None:
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(schema.split("(", 1)[0], function, "CompositeImplicitAutograd")
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(schema.split("(", 1)[0], function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -38,7 +38,7 @@ def _conv(
     padding = list(pads[:n])
     if padding != list(pads[n:]):
         x, padding = F.pad(x, spatial_pad(pads)), [0] * n
-    return _CONVOLUTIONS[n](x, weight, bias, stride, padding, dilation, groups)  # type: ignore[operator,no-any-return]
+    return _CONVOLUTIONS[n](x, weight, bias, stride, padding, dilation, groups)
 
 
 def _conv_transpose(
@@ -52,7 +52,7 @@ def _conv_transpose(
     dilation: list[int],
 ) -> Tensor:
     function = _TRANSPOSED[len(stride)]
-    return function(x, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[operator,no-any-return]
+    return function(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,14 +88,13 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: in
     return (codes.float() - zero.float().reshape(shape)) * scale.reshape(shape)
 
 
-def _clip_codes(codes: Tensor, lo: Tensor, hi: Tensor, axis: int) -> Tensor:
-    shape = [1] * codes.ndim
-    if lo.ndim or hi.ndim:
-        shape[axis] = -1
-    return torch.minimum(torch.maximum(codes, lo.reshape(shape if lo.ndim else [])), hi.reshape(shape if hi.ndim else []))
+def _clamp(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, lower), upper)
 
 
-_register("conv(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] pads, int[] dilation, int groups) -> Tensor", _conv)
+_register(
+    "conv(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] pads, int[] dilation, int groups) -> Tensor", _conv
+)
 _register(
     "conv_transpose(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_padding, int groups, "
     "int[] dilation) -> Tensor",
@@ -105,8 +104,12 @@ _register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)
 _register("global_average_pool(Tensor x) -> Tensor", _global_average_pool)
 _register("requantize(Tensor x) -> Tensor", lambda x: x.view_as(x))
 _register("quantize(Tensor x, Tensor scale, Tensor zero, int axis, str name) -> Tensor", _quantize)
-_register("dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, int bits, str name) -> Tensor", _dequantize)
-_register("clip_codes(Tensor codes, Tensor lo, Tensor hi, int axis) -> Tensor", _clip_codes)
+_register(
+    "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, int bits, str name) -> Tensor",
+    _dequantize,
+)
+_register("clamp_channels(Tensor x, Tensor lower, Tensor upper) -> Tensor", _clamp)
+_register("clip_codes(Tensor codes, Tensor lo, Tensor hi) -> Tensor", _clamp)
 
 aten = torch.ops.aten
 CONV = torch.ops.halfbyte.conv.default
@@ -115,6 +118,7 @@ GLOBAL_AVERAGE_POOL = torch.ops.halfbyte.global_average_pool.default
 REQUANTIZE = torch.ops.halfbyte.requantize.default
 QUANTIZE = torch.ops.halfbyte.quantize.default
 DEQUANTIZE = torch.ops.halfbyte.dequantize.default
+CLAMP_CHANNELS = torch.ops.halfbyte.clamp_channels.default  # limits [channels, 1, ...], behind equalization
 CLIP_CODES = torch.ops.halfbyte.clip_codes.default
 LINEAR = aten.linear.default
 LOWERED_LINEAR = torch.ops.halfbyte.linear.default  # its weight is stored [inputs, outputs], as the engines multiply it
@@ -160,6 +164,7 @@ _KINDS: dict[Any, Kind] = {
     aten.clamp.default: Kind.CLAMP,
     aten.clamp_min.default: Kind.CLAMP,
     aten.clamp_max.default: Kind.CLAMP,
+    CLAMP_CHANNELS: Kind.CLAMP,
     REQUANTIZE: Kind.REQUANTIZE,
 }
 _CODES = (
@@ -209,7 +214,7 @@ def _checked(node: fx.Node, found: Kind) -> Kind:
     tensors = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a)]
     if found in (Kind.ADD, Kind.MUL) and (len(tensors) != 2 or node.kwargs.get("alpha", 1) != 1):
         return Kind.FLOAT
-    if found is Kind.CLAMP and clamp_bounds(node) is None:
+    if found is Kind.CLAMP and node.target is not CLAMP_CHANNELS and clamp_bounds(node) is None:
         return Kind.FLOAT
     if found is Kind.AVERAGE and node.target is not GLOBAL_AVERAGE_POOL and not _plain_average(node):
         return Kind.FLOAT
@@ -222,7 +227,11 @@ def _plain_average(node: fx.Node) -> bool:
     include = argument(node, 5, "count_include_pad", True)
     ceil = argument(node, 4, "ceil_mode", False)
     divisor = argument(node, 6, "divisor_override", None)
-    return divisor is None and not ceil and (not include or not any(padding if isinstance(padding, list | tuple) else [padding]))
+    return (
+        divisor is None
+        and not ceil
+        and (not include or not any(padding if isinstance(padding, list | tuple) else [padding]))
+    )
 
 
 def _codes_or_float(node: fx.Node) -> Kind:

@@ -129,7 +129,13 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         _compare_outputs(count, low, forced, outputs)
         simulated = run_simulated(low, batch)
         agreed += _same_decisions(simulated[0], torch.from_numpy(outputs[0]))
-        farthest = max(farthest, *(float((s.double() - torch.from_numpy(o).double()).abs().max()) for s, o in zip(simulated, outputs, strict=True)))
+        farthest = max(
+            farthest,
+            *(
+                float((s.double() - torch.from_numpy(o).double()).abs().max())
+                for s, o in zip(simulated, outputs, strict=True)
+            ),
+        )
     return Parity(
         proven=count.first is None and total > 0,
         engine_version=ort.__version__,
@@ -153,7 +159,13 @@ def _expose(data: bytes) -> tuple[bytes, list[str]]:
     """The same file with the codes of every quantized value as further outputs, and the values' names."""
     model = onnx.load_from_string(data)
     suffix = codes_name("")
-    found = {o: n for n in model.graph.node if n.op_type in ("QuantizeLinear", "Clip", "Min") for o in n.output if o.endswith(suffix)}
+    found = {
+        o: n
+        for n in model.graph.node
+        if n.op_type in ("QuantizeLinear", "Clip", "Min")
+        for o in n.output
+        if o.endswith(suffix)
+    }
     present = {o.name for o in model.graph.output}
     for name, node in found.items():
         if name not in present:
@@ -196,10 +208,12 @@ def _comparing(count: _Count, codes: dict[str, Tensor], written: set[str]) -> An
 def _compare_outputs(count: _Count, low: QModel, expected: tuple[Tensor, ...], got: list[np.ndarray[Any, Any]]) -> None:
     """Outputs that come straight from an integer kernel are equal; those of float operations to rounding."""
     nodes = output_values(low.graph)
-    for node, name, x, array in zip(nodes, low.outputs, expected, got, strict=True):  # type: ignore[arg-type]
+    for node, name, x, array in zip(nodes, low.outputs, expected, got, strict=True):
         y = torch.from_numpy(array)
         if x.shape != y.shape:
-            count.first = count.first or Difference(f"{name} (shape {list(y.shape)} for {list(x.shape)})", 0, 0, y.numel())
+            count.first = count.first or Difference(
+                f"{name} (shape {list(y.shape)} for {list(x.shape)})", 0, 0, y.numel()
+            )
             continue
         distance = (x.double() - y.double()).abs()
         count.output = max(count.output, float(distance.max())) if x.numel() else count.output

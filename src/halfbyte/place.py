@@ -73,7 +73,7 @@ class _Marks:
 
     def reads_codes(self, reader: fx.Node, node: fx.Node) -> bool:
         """The reader takes this value as codes (weights and biases of layers are planned on their own)."""
-        if reader not in self.integer or (node.op == "get_attr" and kind(reader) in COMPUTE):
+        if reader not in self.integer or (node.op == "get_attr" and kind(reader) in (*COMPUTE, Kind.CLAMP)):
             return False
         return not self.fused(reader)
 
@@ -90,7 +90,9 @@ def place(
     overrides = overrides or {}
     for what, bits in (("weights", weight_bits), ("activations", activation_bits)):
         if bits not in target.widths:
-            raise PlacementError(f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}")
+            raise PlacementError(
+                f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}"
+            )
     m = replace(m, graph=editable(m.graph))
     _check_overrides(m, overrides)
     marks = _mark(m.graph, target, overrides)
@@ -102,7 +104,9 @@ def place(
         if weight is not None and (node in marks.integer or _stored_only(node, marks)):
             plan[value_name(weight)] = weight_format(target, weight_bits, channel_axis(node))
             if node not in marks.integer:
-                log.append(LogEntry("place", value_name(weight), f"stored in {weight_bits} bits: {marks.reasons[node]}"))
+                log.append(
+                    LogEntry("place", value_name(weight), f"stored in {weight_bits} bits: {marks.reasons[node]}")
+                )
     for node in tensors(m.graph):
         if marks.carries(node) and not marks.absorbed(node):
             plan[value_name(node)] = activation_format(target, activation_bits)
@@ -112,7 +116,9 @@ def place(
             plan[name] = replace(plan[name], bits=form.bits) if plan[name] is not None else None  # type: ignore[union-attr,type-var]
     log += _left_in_float(m.graph, plan, marks)
     if not any(plan.values()):
-        raise PlacementError("nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3])))
+        raise PlacementError(
+            "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
+        )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
 
 
@@ -129,11 +135,17 @@ def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
     """Decide operation by operation: backwards by demand, then forwards where the inputs are codes anyway."""
     marks = _Marks(target)
     wanted: set[fx.Node] = set()  # some reader, perhaps behind moves, runs on codes
-    able = {n for n in graph.nodes if kind(n) in (*FOLLOWING, *MOVING) and _able(n, target) and not _requested_float(n, overrides)}
+    able = {
+        n
+        for n in graph.nodes
+        if kind(n) in (*FOLLOWING, *MOVING) and _able(n, target) and not _requested_float(n, overrides)
+    }
     for node in reversed(graph.nodes):
         readers = [u for u in node.users if kind(u) is not Kind.SHAPE]
         if kind(node) in COMPUTE:
-            marks.reasons[node] = "kept in float on request" if _requested_float(node, overrides) else _why_float(node, target)
+            marks.reasons[node] = (
+                "kept in float on request" if _requested_float(node, overrides) else _why_float(node, target)
+            )
             if not marks.reasons[node]:
                 marks.integer.add(node)
         elif node in able:
@@ -156,7 +168,9 @@ def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
 def _holds_codes(node: fx.Node, marks: _Marks) -> bool:
     if kind(node) is Kind.CLAMP and marks.fused(node):
         return marks.writes_codes(node.args[0])  # type: ignore[arg-type]
-    return marks.writes_codes(node) or (node in marks.integer and kind(node) in MOVING and _holds_codes(node.args[0], marks))  # type: ignore[arg-type]
+    return marks.writes_codes(node) or (
+        node in marks.integer and kind(node) in MOVING and _holds_codes(tensor_inputs(node)[0], marks)
+    )
 
 
 def _able(node: fx.Node, target: Target) -> bool:
@@ -191,7 +205,9 @@ def _why_float(node: fx.Node, target: Target) -> str:
 
 def _stored_only(node: fx.Node, marks: _Marks) -> bool:
     """No integer kernel, but the weight can still be stored in integers, for the size of the file."""
-    return kind(node) is Kind.CONV_TRANSPOSE and node.args[6] == 1 and "no integer kernel" in marks.reasons.get(node, "")
+    return bool(
+        kind(node) is Kind.CONV_TRANSPOSE and node.args[6] == 1 and "no integer kernel" in marks.reasons.get(node, "")
+    )
 
 
 def _insert_requantize(graph: fx.Graph, marks: _Marks) -> None:
@@ -216,7 +232,9 @@ def _ties(graph: fx.Graph, plan: Mapping[str, Format | None]) -> dict[str, str]:
         if kind(node) not in (Kind.CODES, Kind.CLAMP) or not isinstance(node.args[0], fx.Node):
             continue
         source = node.args[0]
-        root = roots.get(source) or (value_name(source) if "value" in source.meta and plan.get(value_name(source)) else None)
+        root = roots.get(source) or (
+            value_name(source) if "value" in source.meta and plan.get(value_name(source)) else None
+        )
         if root is not None and ("list" in node.meta or plan.get(value_name(node)) is not None):
             roots[node] = root
     return {value_name(n): root for n, root in roots.items() if "list" not in n.meta}

@@ -1,5 +1,6 @@
 """The main job in one call: fold, place, calibrate."""
 
+import itertools
 import logging
 import warnings
 from collections.abc import Mapping
@@ -16,11 +17,14 @@ from halfbyte.place import Overrides, place
 from halfbyte.preprocess import Preprocess
 from halfbyte.run import run
 from halfbyte.targets import find
+from halfbyte.transforms.equalize import equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")
 # How far the first batch norm's input may lie from what it was trained on, in its own standard deviations and as a ratio.
 _SHIFT, _SPREAD = 1.0, 3.0
+# So many samples tell the range of each channel well enough to equalize it.
+EQUALIZING = 64
 
 
 def quantize(
@@ -52,6 +56,8 @@ def quantize(
     source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
     m = fold_batchnorm(model)
     m = m.logged(*implausible_inputs(m, next(iter(source), ())))
+    if where.per_channel:
+        m = equalize(m, itertools.islice(iter(source), max(1, EQUALIZING // batch)))
     m = place(m, where, weight_bits=weight_bits, activation_bits=activation_bits, overrides=overrides)
     if where.narrow_products:
         reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"
@@ -60,7 +66,13 @@ def quantize(
 
 
 def load_samples(
-    model: QModel, data: Source, *, preprocess: Preprocess | None = None, samples: int = 256, batch: int = 32, seed: int = 0
+    model: QModel,
+    data: Source,
+    *,
+    preprocess: Preprocess | None = None,
+    samples: int = 256,
+    batch: int = 32,
+    seed: int = 0,
 ) -> Samples:
     """Open unlabelled data for a network and check that its first batch fits the network's inputs."""
     names = [str(n.target) for n in model.inputs]

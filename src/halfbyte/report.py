@@ -78,7 +78,7 @@ def write(summary: Mapping[str, Any], path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(page)
-        os.replace(partial, path)  # noqa: PTH105 - the one call documented as atomic on every platform
+        os.replace(partial, path)  # the one call documented as atomic on every platform
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise StoreError(f"The report {path} cannot be written ({error.strerror}); choose another folder.") from error

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
@@ -99,9 +98,3 @@ def simulate(m: QModel, *, only: Callable[[str], bool] | None = None) -> Tap:
         return remembered[name]
 
     return tap
-
-
-@torch.inference_mode()
-def predict(m: QModel, x: Inputs) -> Outputs:
-    """The outputs of the network as planned: float arithmetic on quantized values."""
-    return run(m, x, simulate(m))

@@ -46,8 +46,12 @@ def save(m: QModel, folder: str | Path) -> None:
         (folder / f".{_GRAPH}").write_text(json.dumps(_describe(m)), encoding="utf-8")
         for name in (_TENSORS, _GRAPH):
             os.replace(folder / f".{name}", folder / name)
-    except OSError as error:
-        raise StoreError(f"cannot write the checkpoint '{folder}': {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        for name in (_TENSORS, _GRAPH):
+            (folder / f".{name}").unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write the checkpoint '{folder}': {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def load(folder: str | Path) -> QModel:
@@ -81,6 +85,7 @@ def _describe(m: QModel) -> dict[str, Any]:
         "graph": [_describe_node(n, index) for n in m.graph.nodes],
         "outputs": list(m.outputs),
         "dynamic": m.dynamic,
+        "calibrated": m.calibrated,
         "plan": {k: None if f is None else asdict(f) for k, f in m.plan.items()},
         "ties": dict(m.ties),
         "grids": {k: {"axis": g.axis, "group": g.group} for k, g in m.grids.items()},
@@ -90,12 +95,20 @@ def _describe(m: QModel) -> dict[str, Any]:
 
 
 def _describe_target(target: Target) -> dict[str, Any]:
-    sets = {"integer": sorted(target.integer), "float_output": sorted(target.float_output), "widths": list(target.widths)}
+    sets = {
+        "integer": sorted(target.integer),
+        "float_output": sorted(target.float_output),
+        "widths": list(target.widths),
+    }
     return {**asdict(target), **sets}
 
 
 def _describe_node(node: fx.Node, index: Mapping[fx.Node, int]) -> dict[str, Any]:
-    meta = {k: list(v) if isinstance(v, tuple) else v for k, v in node.meta.items() if k in ("value", "shape", "dtype", "list")}
+    meta = {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in node.meta.items()
+        if k in ("value", "shape", "dtype", "list")
+    }
     return {
         "op": node.op,
         "name": node.name,
@@ -164,7 +177,8 @@ def _find_target(name: str) -> Any:
 
 
 def _restore(d: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QModel:
-    graph, nodes = fx.Graph(), []
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
     for item in d["graph"]:
         args = _decode(item["args"], nodes)
         if item["op"] == "output":
@@ -179,8 +193,8 @@ def _restore(d: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QModel:
         nodes.append(node)
     grids = {}
     for name, described in d["grids"].items():
-        parts = (tensors[f"grids/{part}/{name}"] for part in ("scale", "zero", "lo", "hi"))
-        grids[name] = Grid(*parts, **described)
+        scale, zero, lo, hi = (tensors[f"grids/{part}/{name}"] for part in ("scale", "zero", "lo", "hi"))
+        grids[name] = Grid(scale, zero, lo, hi, axis=described["axis"], group=described["group"])
     means = _under("moments/mean", tensors)
     samples = _under("samples", tensors)
     return QModel(
@@ -188,6 +202,7 @@ def _restore(d: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QModel:
         params=_under("params", tensors),
         outputs=tuple(d["outputs"]),
         dynamic=d["dynamic"],
+        calibrated=d["calibrated"],
         tuned=_under("tuned", tensors),
         plan={k: None if f is None else Format(**f) for k, f in d["plan"].items()},
         ties=d["ties"],
@@ -200,5 +215,9 @@ def _restore(d: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QModel:
 
 
 def _restore_target(d: Mapping[str, Any]) -> Target:
-    sets = {"integer": frozenset(d["integer"]), "float_output": frozenset(d["float_output"]), "widths": tuple(d["widths"])}
+    sets = {
+        "integer": frozenset(d["integer"]),
+        "float_output": frozenset(d["float_output"]),
+        "widths": tuple(d["widths"]),
+    }
     return Target(**{**d, **sets})

@@ -64,7 +64,11 @@ def describe(
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
         },
-        "machine": {"instruction_set": engine.instruction_set(), "cores": torch.get_num_threads(), "system": platform.system()},
+        "machine": {
+            "instruction_set": engine.instruction_set(),
+            "cores": torch.get_num_threads(),
+            "system": platform.system(),
+        },
         "target": m.target.name if m.target else None,
         "bits": configuration.get("bits"),
         "inputs": [_port(str(n.target), n) for n in m.inputs],
@@ -131,7 +135,7 @@ def _finite(x: float | None) -> float | None:
 
 def _layer(m: QModel, node: fx.Node, noise: Mapping[str, float]) -> dict[str, Any]:
     weight, bias = weight_of(node), bias_of(node)
-    assert weight is not None  # noqa: S101 - layers() lists those with a constant weight
+    assert weight is not None  # layers() lists those with a constant weight
     w = m.params[str(weight.target)]
     form = m.plan.get(value_name(weight))
     source = node.args[0]
@@ -141,9 +145,15 @@ def _layer(m: QModel, node: fx.Node, noise: Mapping[str, float]) -> dict[str, An
     work = macs(node)
     stored = (w.numel() + 1) // 2 if bits <= 4 else w.numel() * (1 if bits <= 8 else 2 if bits <= 16 else 4)
     biases = 0 if bias is None else m.params[str(bias.target)].numel()
-    reason = next((e.message for e in m.log if e.stage == "place" and e.value in (value_name(node), value_name(weight))), None)
+    reason = next(
+        (e.message for e in m.log if e.stage == "place" and e.value in (value_name(node), value_name(weight))), None
+    )
     written = next(iter(node.users)) if len(node.users) == 1 else node
-    result = value_name(written) if m.plan.get(value_name(node)) is None and m.plan.get(written.meta.get("value", "")) else value_name(node)
+    result = (
+        value_name(written)
+        if m.plan.get(value_name(node)) is None and m.plan.get(written.meta.get("value", ""))
+        else value_name(node)
+    )
     return {
         "name": value_name(node),
         "op": kind(node).value,
@@ -222,7 +232,7 @@ def _value(
     m: QModel, name: str, node: fx.Node, noise: Mapping[str, float], before: Tensor | None, after: Tensor | None
 ) -> dict[str, Any]:
     form, grid = m.plan[name], m.grid(name)
-    assert form is not None and grid is not None  # noqa: S101,PT018 - only planned values are shown, and all have grids
+    assert form is not None and grid is not None  # only planned values are shown, and all have grids
     single = grid.scale.ndim == 0
     return {
         "name": name,

@@ -11,7 +11,18 @@ from halfbyte.ops import Kind
 # Read off the optimized graphs of ONNX Runtime 1.31 on CPU: QLinearConv, QGemm, QLinearMatMul and MatMulIntegerToFloat,
 # QLinearAdd, QLinearMul, QLinearConcat, QLinear(Global)AveragePool; shape operations work on the codes themselves.
 _ONNXRUNTIME_KERNELS = frozenset(
-    k.value for k in (Kind.CONV, Kind.LINEAR, Kind.MATMUL, Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.AVERAGE, Kind.CLAMP, Kind.CODES)
+    k.value
+    for k in (
+        Kind.CONV,
+        Kind.LINEAR,
+        Kind.MATMUL,
+        Kind.ADD,
+        Kind.MUL,
+        Kind.CONCAT,
+        Kind.AVERAGE,
+        Kind.CLAMP,
+        Kind.CODES,
+    )
 )
 
 ONNXRUNTIME = Target(

@@ -111,7 +111,10 @@ def explicit_transposed(graph: fx.Graph, node: fx.Node, params: dict[str, Any], 
     rank = _TRANSPOSED_RANK.get(base_name(node))
     if rank is None:
         return False
-    spread = [_integers(argument(node, i, n, d), rank) for i, n, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))]
+    spread = [
+        _integers(argument(node, i, n, d), rank)
+        for i, n, d in ((3, "stride", 1), (4, "padding", 0), (5, "output_padding", 0))
+    ]
     groups, dilation = argument(node, 6, "groups", 1), _integers(argument(node, 7, "dilation", 1), rank)
     _rewrite(graph, node, CONV_TRANSPOSE, (*node.args[:2], argument(node, 2, "bias", None), *spread, groups, dilation))
     return True
@@ -141,7 +144,12 @@ def spatial_mean(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: li
             _rewrite(graph, node, GLOBAL_AVERAGE_POOL, (source,))
             return True
         return False
-    if name != "mean" or len(shape) < 3 or argument(node, 1, "dim", None) is None or node.kwargs.get("dtype") is not None:
+    if (
+        name != "mean"
+        or len(shape) < 3
+        or argument(node, 1, "dim", None) is None
+        or node.kwargs.get("dtype") is not None
+    ):
         return False
     dims = sorted(d % len(shape) for d in _integers(node.args[1], 1))
     if dims != list(range(2, len(shape))):
@@ -165,7 +173,11 @@ def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any
     x, weight = operands
     if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or x.op == "get_attr":
         return False
-    transposed = base_name(weight) in ("t", "transpose") and isinstance(weight.args[0], fx.Node) and weight.args[0].op == "get_attr"
+    transposed = (
+        base_name(weight) in ("t", "transpose")
+        and isinstance(weight.args[0], fx.Node)
+        and weight.args[0].op == "get_attr"
+    )
     stored = weight.args[0] if transposed else weight
     if stored.op != "get_attr" or len(stored.meta["shape"]) != 2 or (bias is not None and len(bias.meta["shape"]) != 1):  # type: ignore[union-attr]
         return False
@@ -181,7 +193,9 @@ def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log:
     """Fused attention -> product, softmax, product: the two products can then run in integers."""
     if base_name(node) != "scaled_dot_product_attention":
         return False
-    mask, dropout, causal = (argument(node, i, n, d) for i, n, d in ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False)))
+    mask, dropout, causal = (
+        argument(node, i, n, d) for i, n, d in ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False))
+    )
     query, key, value = node.args[:3]
     real_mask = mask is None or (isinstance(mask, fx.Node) and is_real(mask))
     if dropout or causal or not real_mask or argument(node, 7, "enable_gqa", False):

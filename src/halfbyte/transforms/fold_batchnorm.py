@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halfbyte.graph import bias_of, channel_axis, drop_dead, editable, is_output, layers, parameter, replace_uses, weight_of
+from halfbyte.graph import (
+    bias_of,
+    channel_axis,
+    drop_dead,
+    editable,
+    is_output,
+    layers,
+    parameter,
+    replace_uses,
+    weight_of,
+)
 from halfbyte.model import LogEntry, Moments, QModel, value_name
 from halfbyte.ops import CONV_TRANSPOSE, LINEAR, base_name
 
@@ -56,10 +66,12 @@ def _why_not(norm: fx.Node, layer: Any, foldable: set[fx.Node]) -> str:
 
 def _fold(graph: fx.Graph, layer: fx.Node, norm: fx.Node, params: dict[str, Tensor]) -> Moments:
     weight_node, bias_node = weight_of(layer), bias_of(layer)
-    assert weight_node is not None  # noqa: S101 - foldable layers have a constant weight
+    assert weight_node is not None  # foldable layers have a constant weight
     weight = params[str(weight_node.target)]
-    gamma, beta, mean, var = (params[str(a.target)].double() if isinstance(a, fx.Node) else None for a in norm.args[1:5])
-    assert mean is not None and var is not None  # noqa: S101,PT018 - _why_not has seen to it
+    gamma, beta, mean, var = (
+        params[str(a.target)].double() if isinstance(a, fx.Node) else None for a in norm.args[1:5]
+    )
+    assert mean is not None and var is not None  # _why_not has seen to it
     eps = float(norm.args[7])  # type: ignore[arg-type]
     gamma = torch.ones_like(mean) if gamma is None else gamma
     beta = torch.zeros_like(mean) if beta is None else beta
@@ -69,8 +81,15 @@ def _fold(graph: fx.Graph, layer: fx.Node, norm: fx.Node, params: dict[str, Tens
     bias = params[str(bias_node.target)].double() if bias_node is not None else torch.zeros_like(mean)
     folded = {"weight": weight.double() * factor.reshape(shape), "bias": beta + factor * (bias - mean)}
     shared = len(weight_node.users) > 1
-    stem = str(weight_node.target).removesuffix(".weight") if str(weight_node.target).endswith(".weight") else value_name(layer)
-    names = {"weight": str(weight_node.target), "bias": str(bias_node.target) if bias_node is not None else f"{stem}.bias"}
+    stem = (
+        str(weight_node.target).removesuffix(".weight")
+        if str(weight_node.target).endswith(".weight")
+        else value_name(layer)
+    )
+    names = {
+        "weight": str(weight_node.target),
+        "bias": str(bias_node.target) if bias_node is not None else f"{stem}.bias",
+    }
     if shared:  # the other call sites have batch norms of their own, or none
         names = {k: f"{v}@{value_name(layer).replace(':', '_')}" for k, v in names.items()}
     elif bias_node is not None and len(bias_node.users) > 1:
