@@ -13,9 +13,9 @@ PACKAGE = Path(halfbyte.__file__).parent
 LAYERS: dict[int, str] = {
     0: "errors formats affine",
     1: "ops model graph run store",
-    2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm capture",
+    2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize capture",
     3: "targets place",
-    4: "stats grids calibrate",
+    4: "stats grids correct calibrate",
     8: "lower engine integer parity export_onnx evaluate benchmark report quantize inspection summary job",
     9: "cli __init__ __main__",
 }

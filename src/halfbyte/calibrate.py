@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid
-from halfbyte.correct import ChannelMoments, along_weight, channel_moments, correct_bias, input_axis
+from halfbyte.correct import ChannelMoments, InputMoments, along_weight, channel_moments, correct_bias, input_axis
 from halfbyte.errors import DataError, PlacementError
 from halfbyte.graph import bias_of, by_value, channel_axis, layers, tensors, weight_of
 from halfbyte.grids import MSE, GridRule, from_range
@@ -36,7 +36,7 @@ class Observed:
     """What one pass over the data has seen: histograms of planned values, and moments of what the layers read."""
 
     histograms: Mapping[str, Histogram]
-    inputs: Mapping[str, ChannelMoments]
+    inputs: InputMoments
     samples: int
 
 
@@ -47,9 +47,12 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
     """
     wanted = {n for n in m.plan if m.plan[n] is not None and n not in m.ties}
     wanted -= {value_name(n) for n in tensors(m.graph) if n.op == "get_attr"}
-    axes = {value_name(n.args[0]): input_axis(n) for n in layers(m.graph) if isinstance(n.args[0], fx.Node)}
+    axes: dict[str, set[int]] = {}
+    for layer in layers(m.graph):
+        if isinstance(layer.args[0], fx.Node):
+            axes.setdefault(value_name(layer.args[0]), set()).add(input_axis(layer))
     found: dict[str, Histogram] = {}
-    inputs: dict[str, ChannelMoments] = {}
+    inputs: dict[tuple[str, int], ChannelMoments] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in wanted:
@@ -59,9 +62,9 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
                 )
             new = histogram(x)
             found[name] = found[name].merged(new) if name in found else new
-        if name in axes:
-            moments = channel_moments(x, axes[name])
-            inputs[name] = inputs[name].merged(moments) if name in inputs else moments
+        for axis in axes.get(name, ()):
+            moments, key = channel_moments(x, axis), (name, axis)
+            inputs[key] = inputs[key].merged(moments) if key in inputs else moments
         return x
 
     reference = m.as_float()
@@ -131,7 +134,7 @@ def set_grids(
     overrides: Mapping[str, tuple[float, float]],
     log: Sequence[LogEntry] = (),
     *,
-    inputs: Mapping[str, ChannelMoments] | None = None,
+    inputs: InputMoments | None = None,
 ) -> QModel:
     """Complete the grids: overrides, parameters, limits of clamps, and room for the biases."""
     from_user = _overridden(m, overrides)
@@ -161,7 +164,7 @@ def _saturates(layer: fx.Node, target: Target) -> bool:
     return target.narrow_products and not depthwise
 
 
-def _parameter_grids(m: QModel, rule: GridRule, inputs: Mapping[str, ChannelMoments]) -> dict[str, Grid]:
+def _parameter_grids(m: QModel, rule: GridRule, inputs: InputMoments) -> dict[str, Grid]:
     assert m.target is not None  # checked at the entry
     parameters = m.parameters
     found: dict[str, Grid] = {}
@@ -175,7 +178,7 @@ def _parameter_grids(m: QModel, rule: GridRule, inputs: Mapping[str, ChannelMome
         if layer is None:  # an operand of an addition, say: a constant running value
             found[value_name(node)] = rule.activation(histogram(values), form)
         else:
-            seen = inputs.get(value_name(layer.args[0]))  # type: ignore[arg-type]
+            seen = inputs.get((value_name(layer.args[0]), input_axis(layer)))  # type: ignore[arg-type]
             power = None
             if seen is not None and kind(layer) is not Kind.CONV_TRANSPOSE:
                 power = along_weight(layer, seen.power, values).expand_as(values)

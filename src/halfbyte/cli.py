@@ -252,7 +252,7 @@ def quantize(
         raise UsageError("--samples and --batch must be at least 1")
     from halfbyte.formats import parse_bits
 
-    bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
+    bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
     parse_bits(bits)
     preprocess = _preprocess(options)
     from halfbyte.job import Settings, check_output, quantize_job

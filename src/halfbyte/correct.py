@@ -34,6 +34,10 @@ class ChannelMoments:
         return ChannelMoments(self.total + other.total, self.squares + other.squares, self.count + other.count)
 
 
+# By value name and the dimension that the reading layer's weight runs over: a convolution and a linear layer may read one value.
+InputMoments = Mapping[tuple[str, int], ChannelMoments]
+
+
 def channel_moments(x: Tensor, axis: int) -> ChannelMoments:
     """Moments of each index of one dimension."""
     others = [d for d in range(x.ndim) if d != axis % x.ndim]
@@ -55,7 +59,7 @@ def along_weight(layer: fx.Node, per_channel: Tensor, w: Tensor) -> Tensor:
     return spread.reshape(*spread.shape, *[1] * (w.ndim - 2))
 
 
-def correct_bias(m: QModel, inputs: Mapping[str, ChannelMoments]) -> QModel:
+def correct_bias(m: QModel, inputs: InputMoments) -> QModel:
     """Move each layer's expected output error ``(W_hat - W) E[x]`` into its bias.
 
     inputs: moments of what the layers read, by value name, measured in float. The bias is stored in 32 bits, so nothing is
@@ -67,10 +71,11 @@ def correct_bias(m: QModel, inputs: Mapping[str, ChannelMoments]) -> QModel:
         if weight is None or bias is None or layer.target is CONV_TRANSPOSE or not isinstance(source, fx.Node):
             continue
         grid = m.grid(value_name(weight))
-        if grid is None or value_name(source) not in inputs or len(weight.users) > 1 or len(bias.users) > 1:
+        seen = inputs.get((value_name(source), input_axis(layer)))
+        if grid is None or seen is None or len(weight.users) > 1 or len(bias.users) > 1:
             continue
         w = parameters[str(weight.target)]
-        mean = along_weight(layer, inputs[value_name(source)].mean, w)
+        mean = along_weight(layer, seen.mean, w)
         error = ((fake_quantize(w, grid) - w) * mean).flatten(1).sum(1)
         tuned[str(bias.target)] = parameters[str(bias.target)] - error
         count += 1

@@ -3,7 +3,7 @@
 import inspect
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfbyte import engine
 from halfbyte.calibrate import Progress, silent
+from halfbyte.data import check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
 from halfbyte.lower import lower
@@ -112,7 +113,8 @@ def evaluate(
         return _by_metric(ways, data, metric, progress)
     if data is None:
         raise UsageError("evaluation needs labelled data, or a metric of your own that brings it")
-    return _classification(ways, data, progress)
+    inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
+    return _classification(ways, data, inputs, progress)
 
 
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:
@@ -147,11 +149,16 @@ def _scored(metric: Metric, arguments: tuple[Any, ...]) -> dict[str, float]:
 
 
 def _classification(
-    ways: Mapping[str, Forward], data: Iterable[tuple[Inputs, Tensor]], progress: Progress
+    ways: Mapping[str, Forward],
+    data: Iterable[tuple[Inputs, Tensor]],
+    inputs: Sequence[tuple[str, Sequence[int | str], torch.dtype]],
+    progress: Progress,
 ) -> Evaluation:
     logits: dict[str, list[Tensor]] = {way: [] for way in ways}
     targets: list[Tensor] = []
     for i, (x, y) in enumerate(data):
+        if i == 0:
+            check_inputs(x, inputs, "batch 0 of the labelled data")
         for way, forward in ways.items():
             out = forward(*x)
             first = out if isinstance(out, Tensor) else out[0]

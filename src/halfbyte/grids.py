@@ -216,9 +216,9 @@ class MSE:
         best = torch.ones(count, device=w.device)
         least = _errors(w, form, best, two, power)
         # Inputs of little power may meet the largest weights, so the optimum can lie far below the whole range.
-        for share in torch.logspace(-1.0, -0.01, 24).tolist():
+        for share in (*torch.logspace(-1.0, -0.2, 8).tolist(), *torch.linspace(0.66, 0.99, 18).tolist()):
             best, least = self._better(w, form, torch.full_like(best, share), two, power, best, least)
-        for step in (-0.03, -0.015, 0.015, 0.03):
+        for step in (-0.01, -0.005, 0.005, 0.01):
             best, least = self._better(w, form, (best * (1 + step)).clamp(max=1.0), two, power, best, least)
         return _row_grid(w, form, best, two)
 

@@ -62,6 +62,13 @@ class Settings:
         """JSON, without the output folder: a moved folder can still be resumed."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "output"}
 
+    def without_folders(self) -> dict[str, Any]:
+        """What a file for others may say: names without the folders they lie in."""
+        named = {
+            k: Path(v).name for k, v in self.to_dict().items() if k in ("network", "calibration", "checkpoint") and v
+        }
+        return {**self.to_dict(), **named}
+
 
 @dataclass
 class Stages:
@@ -193,7 +200,7 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
 
 
 def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: str) -> dict[str, Any]:
-    metadata = {"configuration": json.dumps(settings.to_dict()), "target": m.target.name if m.target else ""}
+    metadata = {"configuration": json.dumps(settings.without_folders()), "target": m.target.name if m.target else ""}
     if settings.preprocess is not None:
         metadata["preprocess"] = json.dumps(settings.preprocess)
     parity: Parity | None = None

@@ -24,7 +24,8 @@ from halfbyte.loading import load_callable
 Network = nn.Module | ExportedProgram
 _PICKLED = "'{}' holds pickled objects that could run code: use --trust if you know where it comes from"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_FORMULA = re.compile(r"([A-Z]\w*|[a-z]+\d+|[\d\s,+\-*/()<>=!&|~]|\d\.\d)*")  # s0, Max(1, s0), no other names
+_SIGNS = re.compile(r"[\w\s,.+\-*/()<>=!&|~]*")
+_NAME = re.compile(r"[A-Z][A-Za-z]*|[a-z]+\d+|\d+(\.\d+)?")  # s0, Max, 2, 0.5: no names that Python knows
 
 
 def open_network(
@@ -138,11 +139,18 @@ def _tensors_only(wanted: bool) -> Iterator[None]:
             os.environ[_FORCE] = before
 
 
+def _is_formula(text: str) -> bool:
+    text = re.sub(r"Symbol\('[a-z]+\d+'", "Symbol(", text)
+    text = re.sub(r"\b[a-z]+=", "", text)  # Symbol(..., positive=True)
+    words = re.findall(r"[\w.]+", text)
+    return _SIGNS.fullmatch(text) is not None and all(_NAME.fullmatch(word) for word in words)
+
+
 def _check_expressions(value: Any) -> None:
     """Sizes are stored as formulas, which sympy evaluates as Python: refuse what is no formula."""
     if isinstance(value, dict):
         text = value.get("expr_str", "")
-        if not isinstance(text, str) or "__" in text or not _FORMULA.fullmatch(text):
+        if not isinstance(text, str) or not _is_formula(text):
             raise pickle.UnpicklingError(f"{text!r} is no formula")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_expressions(part)
