@@ -16,11 +16,8 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "demo-out"
-PHOTOS = (
-    "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png",
-    "motorcycle_right.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "color.png",
-)  # fmt: skip
-PIECES, PIXELS = 24, 256
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png")
+PIECES, PIXELS = 32, 256
 NETWORK = "demo/net.py:build"
 PICTURES = ["--size", "224", "--mean", "127", "--std", "128"]
 

@@ -222,7 +222,7 @@ def test_verdict_and_key_figures(opened: Opened) -> None:
     uncovered = opened.page.locator("#uncovered").inner_text()
     assert "2 layers stay in float: blocks.19.depthwise.conv, blocks.19.project.conv (kept by the option" in uncovered
     assert "calibrated on 256 images" in uncovered
-    assert "2 float values are equal only to within a distance of 1" in uncovered
+    assert "2 values behind float operations may differ by 1 step" in uncovered
     assert opened.page.locator(".key dd:not(.detail)").all_inner_texts() == [
         "4.9 MB",
         "1.90\N{MULTIPLICATION SIGN}",

@@ -34,12 +34,9 @@ def capture(net: nn.Module | ExportedProgram, example: Tensor | Sequence[Tensor]
     make a constant of it). The module is captured in eval mode and left as it was found. Raises :class:`CaptureError`.
     """
     inputs = _as_inputs(example)
-    reference: nn.Module
-    if isinstance(net, ExportedProgram):
-        program, reference = net, net.module()
-    else:
-        _check_finite(net)
-        program, reference = _export(net, inputs), net
+    reference = net.module() if isinstance(net, ExportedProgram) else net
+    _check_finite(reference)
+    program = net if isinstance(net, ExportedProgram) else _export(net, inputs)
     m = _from_program(_functional(program))
     m = canonicalize(m)
     _check_same(m, reference, inputs)

@@ -26,7 +26,8 @@ class _Commands(click.Group):
         except HalfbyteError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail("interrupted; what was finished is kept: run the same command with --resume to go on", _INTERRUPTED)
+            hint = "; what was finished is kept: run the same command with --resume to go on"
+            _fail("interrupted" + (hint if ctx.invoked_subcommand == "quantize" else ""), _INTERRUPTED)
         except MemoryError:
             _fail("out of memory: use a smaller --batch", 1)
         except OSError as error:

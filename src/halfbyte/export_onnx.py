@@ -297,9 +297,12 @@ def _name_codes(node: ir.Node, name: str) -> None:
     output.name = name
     if name.endswith(unclipped):
         for user, _ in output.uses():
-            if user.op_type == "Clip":
-                user.outputs[0].name = name.removesuffix(unclipped) + ":codes"
-                user.name = user.outputs[0].name
+            last = user
+            if user.op_type == "Max":  # limits for each channel are a Max and a Min
+                last = next((u for u, _ in user.outputs[0].uses() if u.op_type == "Min"), user)
+            if last.op_type in ("Clip", "Min"):
+                last.outputs[0].name = name.removesuffix(unclipped) + ":codes"
+                last.name = last.outputs[0].name
 
 
 def _pack(model: ir.Model) -> None:

@@ -207,7 +207,9 @@ def _uncovered(summary: Mapping[str, Any]) -> list[str]:
         notes.append(f"Parity was checked with {_engine(parity)}{seen}; other engines and processors may differ.")
     if parity.get("float_values"):
         many, steps = _number(parity["float_values"]), _number(parity.get("float_max_steps"))
-        notes.append(f"{many} float values are equal only to within a distance of {steps}.")
+        plural = "values" if parity["float_values"] != 1 else "value"
+        if parity.get("float_max_steps"):
+            notes.append(f"{many} {plural} behind float operations may differ by {steps} step of the grid.")
     if nodes := parity.get("float_nodes"):
         notes.append(f"The engine computes {len(nodes)} node{'s' * (len(nodes) > 1)} of the file in float.")
     if parity.get("saturation_free") is False:
