@@ -34,12 +34,15 @@ class ChannelMoments:
         return ChannelMoments(self.total + other.total, self.squares + other.squares, self.count + other.count)
 
 
+# Of a batch with more values than this, not every sample is summed: neighbours in a picture say the same of a channel.
+SAMPLED = 1 << 21
 # By value name and the dimension that the reading layer's weight runs over: a convolution and a linear layer may read one value.
 InputMoments = Mapping[tuple[str, int], ChannelMoments]
 
 
 def channel_moments(x: Tensor, axis: int) -> ChannelMoments:
-    """Moments of each index of one dimension."""
+    """Moments of each index of one dimension; of a large tensor, from every few samples of its batch."""
+    x = x[:: max(1, min(x.shape[0], x.numel() // SAMPLED))] if axis % x.ndim else x
     others = [d for d in range(x.ndim) if d != axis % x.ndim]
     squares = x.square().sum(others)
     return ChannelMoments(x.sum(others).double(), squares.double(), x.numel() // x.shape[axis])

@@ -133,11 +133,11 @@ def _channel_statistics(
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in wanted:
-            flat = x.movedim(1, 0).flatten(1)
-            top = flat.abs().amax(1)
+            others = [d for d in range(x.ndim) if d != 1]
+            top = torch.maximum(x.amax(others), -x.amin(others))
             largest[name] = torch.maximum(largest[name], top) if name in largest else top
-            power[name] = power.get(name, torch.zeros_like(top)) + flat.square().sum(1)
-            count[name] = count.get(name, 0) + flat.shape[1]
+            power[name] = power.get(name, torch.zeros_like(top)) + x.square().sum(others)
+            count[name] = count.get(name, 0) + x.numel() // x.shape[1]
         return x
 
     for batch in data:
