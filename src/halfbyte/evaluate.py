@@ -82,6 +82,7 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
     def single(outputs: Outputs) -> Tensor | Outputs:
         return outputs[0] if len(outputs) == 1 else outputs
 
+    m = m.to("cpu")
     reference, low = m.as_float(), lower(m)
 
     ways: dict[str, Forward] = {

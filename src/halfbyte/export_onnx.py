@@ -53,7 +53,7 @@ def export_onnx(
     :class:`ParityError` if a value differs; the file then stays beside as ``<name>.unproven.onnx``.
     """
     path = Path(path)
-    low = lower(m)
+    low = lower(m.to("cpu"))  # where the engine runs that proves the file
     model = to_onnx(low, metadata=metadata, container=container)
     unproven = path.with_name(path.stem + ".unproven.onnx")
     try:

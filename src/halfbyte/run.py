@@ -45,12 +45,13 @@ def run(
 ) -> Outputs:
     """Run the network on a batch and return its outputs.
 
-    x: one tensor for each input. tap: sees and may replace every tensor, inputs and parameters included. params: replacements
-    by name. stop: end behind this value and return it alone. evaluate: how one operation is computed. Each value is freed
-    after its last use, so the peak memory is that of the network's own widest point.
+    x: one tensor for each input, moved to where the parameters are. tap: sees and may replace every tensor, inputs and
+    parameters included. params: replacements by name. stop: end behind this value and return it alone. evaluate: how one
+    operation is computed. Each value is freed after its last use, so the peak memory is that of the widest point.
     """
     inputs = iter(x)
     values = {**m.parameters, **(params or {})}
+    device = next((t.device for t in values.values()), None)
     freed = last_uses(m.graph)
     env: dict[fx.Node, Any] = {}
 
@@ -65,6 +66,7 @@ def run(
                 result: Any = next(inputs)
             except StopIteration:
                 raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given") from None
+            result = result if device is None else result.to(device)
         elif node.op == "get_attr":
             result = values[str(node.target)]
         else:
