@@ -95,3 +95,18 @@ def test_bias_correction_removes_the_mean_error() -> None:
 
     assert error(replace(q, tuned={})) > 1e-2
     assert error(q) < 1e-4
+
+
+def test_limits_for_each_channel_are_proven_and_described(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from halfbyte.summary import describe
+
+    data = [3 * torch.randn(8, 3, 8, 8) for _ in range(2)]
+    q = hb.quantize(hb.capture(depthwise(nn.Hardtanh(-0.5, 0.7)), data[0]), data)
+    assert any(g.lo.ndim or g.hi.ndim for n, g in q.grids.items() if not n.endswith("weight"))
+    parity = hb.export_onnx(q, tmp_path / "net.onnx")
+    assert parity.proven
+    assert parity.kernels == {"QLinearConv": 3}
+    described = describe(
+        q, network="", command="", configuration={}, seed=0, file=None, parity=parity, stages=[], preprocess=None
+    )
+    assert all(row["accumulator_headroom_bits"] > 0 for row in described["layers"])

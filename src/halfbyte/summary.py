@@ -188,7 +188,7 @@ def _headroom(m: QModel, node: fx.Node, weight: fx.Node) -> float | None:
     if grid is None or x_grid is None:
         return None
     codes = quantize(m.parameters[str(weight.target)], grid)
-    reach = max(float(x_grid.hi - x_grid.zero), float(x_grid.zero - x_grid.lo))
+    reach = max(float((x_grid.hi - x_grid.zero).max()), float((x_grid.zero - x_grid.lo).max()))
     worst = codes.abs().movedim(grid.axis or 0, 0).flatten(1).sum(1) * reach
     bias = bias_of(node)
     if bias is not None:
