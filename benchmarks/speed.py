@@ -12,21 +12,19 @@ from pathlib import Path
 
 import torch
 from onnxruntime.quantization import QuantType
-from zoo import calibration
 
 import halfbyte as hb
-from classification import NETWORKS, RESULTS, rival, speeds
+from classification import NETWORKS, RESULTS, rival, speeds, zoo
 from halfbyte import engine
 from halfbyte.benchmark import float_file
 
 
 def main() -> None:
-    import zoo
 
     for name in sys.argv[1:] or NETWORKS:
         result = RESULTS / f"classification-{name}.json"
         net, example = getattr(zoo, name)()
-        batches = list(calibration(name, 32))
+        batches = list(zoo.calibration(name, 32))
         m = hb.capture(net, example)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
