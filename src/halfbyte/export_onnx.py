@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
@@ -341,8 +340,3 @@ def _strip(model: ir.Model, metadata: Mapping[str, str]) -> None:
         value.metadata_props.clear()
     for key, text in metadata.items():
         model.metadata_props[f"halfbyte.{key}"] = text
-
-
-def stored_bytes(array: np.ndarray[Any, Any], bits: int) -> int:
-    """Bytes of a weight's codes in the file."""
-    return (array.size + 1) // 2 if bits <= 4 else array.nbytes

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx
 
-from halfbyte.model import QModel, value_name
+from halfbyte.model import value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, Kind, is_tensor, kind
 
 LAYERS = (CONV, CONV_TRANSPOSE, LINEAR)
@@ -116,11 +116,6 @@ def drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
-
-
-def used_parameters(m: QModel) -> set[str]:
-    """Names of the parameters that the graph refers to."""
-    return {str(n.target) for n in m.graph.nodes if n.op == "get_attr"}
 
 
 def macs(node: fx.Node) -> int:

@@ -113,11 +113,7 @@ class _ieee_float32:  # noqa: N801 - a context manager
 
 
 def _real(value: Any) -> Any:
-    if isinstance(value, Codes):
-        return value.real
-    if isinstance(value, Pending):
-        return value.real
-    return value
+    return value.real if isinstance(value, Codes | Pending) else value
 
 
 def _evaluator(

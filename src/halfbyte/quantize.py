@@ -4,7 +4,6 @@ import itertools
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -119,8 +118,3 @@ def implausible_inputs(m: QModel, batch: Inputs) -> list[LogEntry]:
     message = f"its input is unlike the training data (off by {float(shift):.1f} deviations, spread {float(ratio):.2g} times): {cause}"
     warnings.warn(f"{value_name(first)}: {message}", stacklevel=2)
     return [LogEntry("quantize", value_name(first), f"WARNING {message}")]
-
-
-def with_samples(m: QModel, samples: Inputs) -> QModel:
-    """The same model with other inputs to prove an exported file on."""
-    return replace(m, samples=samples)
