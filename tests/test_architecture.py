@@ -12,10 +12,11 @@ PACKAGE = Path(halfbyte.__file__).parent
 # Lowest first. A module imports from lower layers and from rows before it in its own.
 LAYERS: dict[int, str] = {
     0: "errors formats affine",
-    1: "ops model graph run store",
-    2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize capture",
+    1: "ops model graph chains run moments store",
+    2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
+    "transforms.absorb_bias capture",
     3: "targets place",
-    4: "stats grids correct calibrate",
+    4: "stats grids walk correct calibrate",
     8: "lower engine integer parity export_onnx evaluate benchmark report quantize inspection summary job",
     9: "cli __init__ __main__",
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from halfbyte.affine import quantize as quantize_tensor
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
+    from halfbyte.correct import correct_bias
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Format
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
     from halfbyte.integer import predict, run_integer
     from halfbyte.lower import lower
     from halfbyte.model import LogEntry, Moments, QModel, Target
+    from halfbyte.moments import propagate
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
     from halfbyte.quantize import quantize
     from halfbyte.run import run, simulate
     from halfbyte.store import load, save
+    from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+    from halfbyte.walk import walk
 
 __version__ = "0.1.0"
 
@@ -38,6 +42,10 @@ _WHERE = {
     "quantize_tensor": "affine:quantize",
     "calibrate": "calibrate",
     "capture": "capture",
+    "correct_bias": "correct",
+    "absorb_bias": "transforms.absorb_bias",
+    "propagate": "moments",
+    "walk": "walk",
     "HalfbyteError": "errors",
     "ParityError": "errors",
     "UsageError": "errors",
@@ -80,8 +88,10 @@ __all__ = [
     "QModel",
     "Target",
     "UsageError",
+    "absorb_bias",
     "calibrate",
     "capture",
+    "correct_bias",
     "dequantize",
     "equalize",
     "export_onnx",
@@ -91,12 +101,14 @@ __all__ = [
     "lower",
     "place",
     "predict",
+    "propagate",
     "quantize",
     "quantize_tensor",
     "run",
     "run_integer",
     "save",
     "simulate",
+    "walk",
 ]
 
 

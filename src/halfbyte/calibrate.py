@@ -8,14 +8,27 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid
-from halfbyte.correct import ChannelMoments, InputMoments, along_weight, channel_moments, correct_bias, input_axis
-from halfbyte.errors import DataError, PlacementError
-from halfbyte.graph import bias_of, by_value, channel_axis, layers, tensors, weight_of
-from halfbyte.grids import MSE, GridRule, from_range
+from halfbyte.correct import ChannelMoments, InputMoments, channel_moments, correct_expected, expected_inputs
+from halfbyte.errors import DataError, PlacementError, UsageError
+from halfbyte.graph import (
+    bias_of,
+    blocks,
+    by_value,
+    channel_axis,
+    input_axis,
+    is_depthwise,
+    layers,
+    per_input,
+    tensors,
+    unblocks,
+    weight_of,
+)
+from halfbyte.grids import MSE, GridRule, MinMax, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.ops import CLAMP_CHANNELS, Kind, clamp_bounds, kind
+from halfbyte.moments import Spread, propagate
+from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds
 from halfbyte.run import run
-from halfbyte.stats import Histogram, histogram
+from halfbyte.stats import Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
 # A bias this close to the end of int32 leaves no room for the products that are added to it.
@@ -40,13 +53,41 @@ class Observed:
     samples: int
 
 
+def _running(m: QModel) -> set[str]:
+    """Planned values that have a grid of their own and are no parameters."""
+    wanted = {n for n in m.plan if m.plan[n] is not None and n not in m.ties}
+    return wanted - {value_name(n) for n in tensors(m.graph) if n.op == "get_attr"}
+
+
+def expect(m: QModel, ranges: Mapping[str, tuple[float, float]] | None = None) -> Observed:
+    """What :func:`observe` would see, as far as the batch norms tell. Raises :class:`UsageError` where they do not.
+
+    ranges: value -> (lowest, highest), of inputs and of any value whose range the user knows.
+    """
+    spreads = propagate(m, ranges)
+    wanted = _running(m) - {m.ties.get(n, n) for n in ranges or {}}
+    unknown = [n for n in spreads if n in wanted and not _is_known(spreads[n])]
+    if unknown or wanted - spreads.keys():
+        unknown += sorted(wanted - spreads.keys())
+        few = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
+        raise UsageError(
+            f"without data the range of {len(unknown)} values is unknown, for no batch norm describes them: {few}; give "
+            f"--calibration with some unlabelled samples, or each range by hand, as in --range '{unknown[0]}=0..1'"
+        )
+    histograms = {n: expected_histogram(spreads[n]) for n in wanted}
+    return Observed(histograms, expected_inputs(m, spreads), 0)
+
+
+def _is_known(s: Spread) -> bool:
+    return bool(torch.isfinite(s.least).all()) and bool(torch.isfinite(s.greatest).all())
+
+
 def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observed:
     """Summarize all planned running values, in float, by value name. Memory does not grow with the data.
 
     Raises :class:`DataError` for an empty data set and for values that are not finite.
     """
-    wanted = {n for n in m.plan if m.plan[n] is not None and n not in m.ties}
-    wanted -= {value_name(n) for n in tensors(m.graph) if n.op == "get_attr"}
+    wanted = _running(m)
     axes: dict[str, set[int]] = {}
     for layer in layers(m.graph):
         if isinstance(layer.args[0], fx.Node):
@@ -81,28 +122,35 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
 
 def calibrate(
     m: QModel,
-    data: Batches,
+    data: Batches | None = None,
     *,
     activations: GridRule | None = None,
     weights: GridRule | None = None,
     overrides: Mapping[str, tuple[float, float]] | None = None,
+    correct: bool = True,
     progress: Progress = silent,
 ) -> QModel:
     """Choose the grids of the plan: one pass over the data for running values, the parameters' own values for the rest.
 
-    activations, weights: the rule for the range (default: least squared error; of weights, weighted by the measured power of
-    the inputs they meet). overrides: value -> (lowest, highest). The mean error of the rounded weights goes into the biases.
+    data: without them the ranges follow from the batch norms (white paper 2106.08295, section 3.1), of which
+    :class:`UsageError` says where there are none. activations, weights: the rule for the range (default: least squared error,
+    of weights weighted by the power of the inputs they meet; without data the whole range of six deviations). overrides:
+    value -> (lowest, highest). correct: the mean error of the rounded weights goes into the biases.
     """
     _check_planned(m)
     kept: list[Inputs] = []
-    observed = observe(m, _keeping(data, kept), progress=progress)
+    if data is None:
+        observed = expect(m, overrides)
+        kept = [synthetic_inputs(m, overrides or {})]
+    else:
+        observed = observe(m, _keeping(data, kept), progress=progress)
     histograms = observed.histograms
     m = replace(
         m,
         calibrated=observed.samples,
         samples=tuple(torch.cat(parts)[:PROOF_SAMPLES] for parts in zip(*kept, strict=True)),
     )
-    rule = activations or MSE()
+    rule = activations or (MSE() if data is not None else MinMax())
     chosen = {name: rule.activation(h, m.plan[name]) for name, h in histograms.items()}  # type: ignore[arg-type]
     log = [LogEntry("calibrate", None, f"running values: {rule.name} ranges of {len(chosen)} values")]
     log += [
@@ -111,7 +159,27 @@ def calibrate(
         if h.minimum == h.maximum
     ]
     m = set_grids(m, chosen, weights or MSE(), overrides or {}, log, inputs=observed.inputs)
-    return correct_bias(m, observed.inputs)
+    return correct_expected(m, observed.inputs) if correct else m
+
+
+def synthetic_inputs(m: QModel, ranges: Mapping[str, tuple[float, float]], samples: int = 4) -> Inputs:
+    """Inputs to prove a file on where there are no data: smooth noise over the expected range of each input."""
+    generator = torch.Generator().manual_seed(0)
+    spreads = propagate(m, ranges)
+    found = []
+    for node in m.inputs:
+        shape = [d if isinstance(d, int) else samples for d in node.meta["shape"]]
+        s = spreads.get(value_name(node))
+        if s is None:
+            found.append(torch.zeros(shape, dtype=getattr(torch, str(node.meta["dtype"]))))
+            continue
+        x = torch.randn(shape, generator=generator)
+        if x.ndim == 4:
+            coarse = torch.randn(*shape[:2], 7, 7, generator=generator)
+            x = 0.3 * x + torch.nn.functional.interpolate(coarse, size=shape[2:], mode="bilinear")
+        least, greatest = float(s.least.min()), float(s.greatest.max())
+        found.append(((least + greatest) / 2 + x * (greatest - least) / 4).clamp(least, greatest))
+    return tuple(found)
 
 
 def _keeping(data: Batches, kept: list[Inputs]) -> Iterator[Inputs]:
@@ -159,9 +227,7 @@ def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict
 
 def _saturates(layer: fx.Node, target: Target) -> bool:
     """Depthwise kernels multiply in 16 and add in 32 bits; all others add pairs of products in 16 where VNNI is missing."""
-    shape = layer.args[1].meta["shape"]  # type: ignore[union-attr]
-    depthwise = kind(layer) is Kind.CONV and layer.args[6] == shape[0] > 1 and shape[1] == 1
-    return target.narrow_products and not depthwise
+    return target.narrow_products and not is_depthwise(layer)
 
 
 def _parameter_grids(m: QModel, rule: GridRule, inputs: InputMoments) -> dict[str, Grid]:
@@ -180,8 +246,9 @@ def _parameter_grids(m: QModel, rule: GridRule, inputs: InputMoments) -> dict[st
         else:
             seen = inputs.get((value_name(layer.args[0]), input_axis(layer)))  # type: ignore[arg-type]
             power = None
-            if seen is not None and kind(layer) is not Kind.CONV_TRANSPOSE:
-                power = along_weight(layer, seen.power, values).expand_as(values)
+            if seen is not None:
+                parts = blocks(layer, values)
+                power = unblocks(layer, per_input(layer, seen.power).expand_as(parts), values.shape)
             found[value_name(node)] = rule.weight(values, form, _saturates(layer, m.target), power)
     return found
 

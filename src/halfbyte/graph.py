@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from halfbyte.model import value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, Kind, is_tensor, kind
@@ -78,6 +78,44 @@ def has_computed_bias(node: fx.Node) -> bool:
 def channel_axis(node: fx.Node) -> int:
     """Which dimension of a layer's weight is the output channel."""
     return 1 if node.target is CONV_TRANSPOSE and node.args[6] == 1 else 0
+
+
+def groups(layer: fx.Node) -> int:
+    """Into how many independent parts a layer's channels fall; 1 for a linear layer."""
+    return 1 if layer.target is LINEAR else int(layer.args[6])  # type: ignore[arg-type]
+
+
+def is_depthwise(layer: fx.Node) -> bool:
+    """A convolution with one input channel for each output channel, each its own group."""
+    shape = layer.args[1].meta["shape"]  # type: ignore[union-attr]
+    return bool(layer.target is CONV and groups(layer) == shape[0] > 1 and shape[1] == 1)
+
+
+def input_axis(layer: fx.Node) -> int:
+    """Which dimension of a layer's input, and of its output, its weight runs over."""
+    return -1 if layer.target is LINEAR else 1
+
+
+def blocks(layer: fx.Node, w: Tensor) -> Tensor:
+    """A layer's weight as [groups, outputs / groups, inputs / groups, taps], whatever kind of layer it is."""
+    g = groups(layer)
+    split = w.reshape(g, w.shape[0] // g, w.shape[1], -1)
+    return split.transpose(1, 2) if layer.target is CONV_TRANSPOSE else split
+
+
+def unblocks(layer: fx.Node, parts: Tensor, shape: Iterable[int]) -> Tensor:
+    """The inverse of :func:`blocks`, for a weight of this shape."""
+    return (parts.transpose(1, 2) if layer.target is CONV_TRANSPOSE else parts).reshape(tuple(shape))
+
+
+def per_output(layer: fx.Node, t: Tensor) -> Tensor:
+    """A number for each output channel, shaped to broadcast against :func:`blocks`."""
+    return t.reshape(groups(layer), -1, 1, 1)
+
+
+def per_input(layer: fx.Node, t: Tensor) -> Tensor:
+    """A number for each input channel, shaped to broadcast against :func:`blocks`."""
+    return t.reshape(groups(layer), 1, -1, 1)
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

@@ -55,8 +55,8 @@ def quantize(
     source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
     m = fold_batchnorm(model)
     m = m.logged(*implausible_inputs(m, next(iter(source), ())))
-    if where.per_channel:
-        m = equalize(m, itertools.islice(iter(source), max(1, EQUALIZING // batch)))
+    few = itertools.islice(iter(source), max(1, EQUALIZING // batch))
+    m = equalize(m, few, per_channel=where.per_channel, weight_bits=weight_bits, activation_bits=activation_bits)
     m = place(m, where, weight_bits=weight_bits, activation_bits=activation_bits, overrides=overrides)
     if where.narrow_products:
         reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"

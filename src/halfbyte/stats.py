@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.moments import Spread
+
 BINS = 2048
 # Of a large tensor this many values go into the histogram (minimum and maximum are always exact): the histogram is a sample
 # anyway, and more of one image is worth less than more images.
@@ -81,3 +83,34 @@ def histogram(x: Tensor) -> Histogram:
         flat = flat[:: stride + (stride + 1) % 2]  # odd, so that rows of even length are sampled at every column
     counts = torch.histc(flat.float(), last - first + 1, (first - 0.5) * width, (last + 0.5) * width)
     return Histogram(counts.double(), first, width, lo, hi)
+
+
+_EXPECTED_BINS, _EXPECTED_ELEMENTS = 512, 1024
+
+
+def expected_histogram(s: Spread) -> Histogram:
+    """What the histogram of a value would look like if the moments were right: a mixture of cut normal distributions."""
+    least, greatest = float(s.least.min()), float(s.greatest.max())
+    parts = torch.stack([t.flatten() for t in _same_elements(s)]).double()
+    parts = parts[:, :: max(1, parts.shape[1] // _EXPECTED_ELEMENTS)]
+    mu, sigma, low, high = (t[:, None] for t in parts)
+    largest = max(abs(least), abs(greatest), 1e-30)
+    span = max(greatest - least, largest * 1e-6)
+    width = 2.0 ** math.ceil(math.log2(span / (_EXPECTED_BINS - 2)))
+    first, last = round(least / width), round(greatest / width)
+    edges = (torch.arange(first, last + 2, dtype=torch.float64, device=mu.device) - 0.5) * width
+    below = torch.special.ndtr(((edges - mu) / sigma.clamp(min=1e-30)).clamp(-40, 40))
+    below = torch.where(edges <= low, torch.zeros_like(below), torch.where(edges > high, torch.ones_like(below), below))
+    below[:, 0], below[:, -1] = 0.0, 1.0
+    return Histogram(below.diff(dim=1).mean(0), first, width, least, greatest)
+
+
+def _same_elements(s: Spread) -> list[Tensor]:
+    """The parameters of the distribution without elements that only repeat others."""
+    repeats = [
+        d for d in range(s.mu.ndim) if all(t.stride(d) == 0 or t.shape[d] == 1 for t in (s.mu, s.sigma, s.low, s.high))
+    ]
+    found = [s.mu, s.sigma, s.low, s.high]
+    for d in repeats:
+        found = [t.narrow(d, 0, 1) for t in found]
+    return found

@@ -1,195 +1,354 @@
-"""Scale channels between two layers so that each uses more of the activation grid; the network's function is unchanged.
+"""Scale channels between two layers so that both use their grids better; the network's function is unchanged.
 
-Cross-layer equalization (arXiv 1906.04721, section 4.1) in the form that pays where weights have a scale for each output
-channel: there, scaling an output channel of the first layer costs nothing, so the factor is chosen for the value between
-the layers. A channel whose values are small beside the largest channel's is coarse on the shared grid, however much the next
-layer amplifies it.
+Cross-layer equalization (arXiv 1906.04721, section 4.1): ``W1 / s, b1 / s, W2 * s`` for each channel between two layers. Two
+ways to choose s. *weights*, as published: both layers get the same range in each channel. That can widen the range of the value
+between, and where weights have a scale for each output channel it gains nothing. *noise*: the factors that minimise the noise
+expected from rounding both weights and the value between, for one scale per tensor or one per channel.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from halfbyte.graph import bias_of, editable, is_output, layers, parameter, weight_of
+from halfbyte.chains import Pair, outputs, pairs
+from halfbyte.errors import UsageError
+from halfbyte.graph import (
+    bias_of,
+    blocks,
+    by_value,
+    editable,
+    groups,
+    input_axis,
+    parameter,
+    per_input,
+    per_output,
+    unblocks,
+    weight_of,
+)
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
-from halfbyte.ops import CLAMP_CHANNELS, CONV, GLOBAL_AVERAGE_POOL, LINEAR, Kind, base_name, clamp_bounds, kind
+from halfbyte.moments import propagate
+from halfbyte.ops import CLAMP_CHANNELS, Kind, clamp_bounds, kind
 from halfbyte.run import run
 
-_LARGEST = 2.0**10  # beyond it the next layer's weights would vanish in float16 engines
-_STEPS = 255  # of an 8-bit activation
-_WEIGHT_STEPS = 127
+Method = Literal["noise", "weights"]
+Ranges = Literal["symmetric", "asymmetric"]
+_LARGEST = 2.0**10  # beyond it the weights would vanish in float16 engines
+_SETTLED = 1e-4  # a sweep that changes no factor by more has converged
+_SWEEPS = 200
+# Real values have heavier tails than normal ones: a channel that was scaled up because it is hardly ever active must not be cut
+# off on the one sample where it is.
+_FAR = 12.0
+_SHARPNESS = 32.0  # the power whose norm stands for a maximum
+_STEPS, _RATE, _SEARCH_EVERY = 80, 0.15, 4  # of the descent, in logarithms of factors
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two layers, and the operations between them that pass a positive factor through."""
+def equalize(
+    m: QModel,
+    data: Iterable[Inputs] | None = None,
+    *,
+    method: Method = "noise",
+    per_channel: bool = False,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    ranges: Ranges = "symmetric",
+) -> QModel:
+    """Equalize every legal pair of layers. Use before placement; batch norms must be folded.
 
-    first: fx.Node
-    between: tuple[fx.Node, ...]
-    second: fx.Node
-
-    @property
-    def value(self) -> fx.Node:
-        """What the second layer reads."""
-        return self.between[-1] if self.between else self.first
-
-
-def pairs(graph: fx.Graph) -> tuple[list[Pair], list[LogEntry]]:
-    """All pairs that may be equalized, and why other layers have no partner."""
-    found, log, all_layers = [], [], layers(graph)
-    for layer in all_layers:
-        pair, reason = _partner(layer, set(all_layers))
-        if pair is not None:
-            found.append(pair)
-        else:
-            log.append(LogEntry("equalize", value_name(layer), f"not equalized with what follows: {reason}"))
-    return found, log
-
-
-def _partner(layer: fx.Node, all_layers: set[fx.Node]) -> tuple[Pair | None, str]:
-    if layer.target not in (CONV, LINEAR) or (layer.target is LINEAR and len(layer.meta["shape"]) != 2):
-        return None, "only convolutions and linear layers on vectors are paired"
-    if len(weight_of(layer).users) > 1:  # type: ignore[union-attr]
-        return None, "its weight is shared"
-    between: list[fx.Node] = []
-    node = layer
-    while True:
-        if is_output(node):
-            return None, f"{value_name(node)} is an output of the network"
-        if len(node.users) != 1:
-            return None, f"{value_name(node)} is read by {len(node.users)} operations"
-        reader = next(iter(node.users))
-        if reader in all_layers and reader.args[0] is node:
-            return _checked(layer, between, reader)
-        if not _passes(reader):
-            return None, f"{base_name(reader)} comes next"
-        between.append(reader)
-        node = reader
-
-
-def _passes(node: fx.Node) -> bool:
-    """Whether f(a x) = a f(x) for a factor for each channel, after the limits of a clamp are scaled too."""
-    if kind(node) is Kind.CLAMP:
-        bounds = clamp_bounds(node)
-        return bounds is not None and bounds[0] <= 0 <= bounds[1]
-    if base_name(node).startswith("max_pool") or kind(node) is Kind.AVERAGE:
-        return True
-    pooled = isinstance(node.args[0], fx.Node) and node.args[0].target is GLOBAL_AVERAGE_POOL if node.args else False
-    return base_name(node) in ("flatten", "reshape", "squeeze") and pooled and len(node.meta["shape"]) == 2
-
-
-def _checked(first: fx.Node, between: list[fx.Node], second: fx.Node) -> tuple[Pair | None, str]:
-    weight = weight_of(second)
-    if weight is None or len(weight.users) > 1 or second.target not in (CONV, LINEAR):
-        return None, f"{value_name(second)} has a shared weight or is transposed"
-    channels = first.meta["shape"][1]
-    takes = second.meta["shape"][1] if _depthwise(second) else weight.meta["shape"][1]
-    if takes != channels:
-        return None, f"{value_name(second)} is grouped"
-    return Pair(first, tuple(between), second), ""
-
-
-def _depthwise(node: fx.Node) -> bool:
-    shape = node.args[1].meta["shape"]  # type: ignore[union-attr]
-    return bool(node.target is CONV and node.args[6] == shape[0] > 1 and shape[1] == 1)
-
-
-def equalize(m: QModel, data: Iterable[Inputs]) -> QModel:
-    """Equalize every legal pair of layers for the values between them. Use before placement; batch norms must be folded.
-
-    data: a few batches; they give each channel's largest magnitude and mean square. In front of a depthwise layer a channel
-    is scaled to the largest channel's range. In front of a dense layer larger inputs amplify the rounding of its weights, so
-    the factor balances both errors: minimise ``s_x^2 |w_i|^2 / a^2 + s_w^2 a^2 E[x_i^2]`` over a.
+    data: a few batches, which the method *noise* measures channels on; without them it takes the moments of the batch norms.
+    per_channel, weight_bits, activation_bits: what the method *noise* expects of the quantization that follows. ranges: what the
+    method *weights* takes for a range, the largest magnitude or the distance from the least to the largest. Every pair, and why
+    the other layers have none, is logged. Limits of clamps such as ReLU6 are scaled with their channels, so the float outputs
+    stay. Raises :class:`UsageError` for a model that is placed already.
     """
+    if m.plan:
+        raise UsageError("equalize changes float weights: call it before place")
     found, log = pairs(m.graph)
-    largest, power = _channel_statistics(m, data, {value_name(p.value) for p in found})
-    graph, params, moments = editable(m.graph), dict(m.parameters), dict(m.moments)
-    nodes = {value_name(n): n for n in graph.nodes if "value" in n.meta}
+    if method == "weights":
+        factors = _for_weights(m, found, ranges)
+    else:
+        factors, notes = _for_noise(m, found, data, per_channel, (weight_bits, activation_bits))
+        log += notes
     for pair in found:
-        name = value_name(pair.value)
-        if name not in largest:
-            continue
-        factor = _factor(pair, largest[name], power[name], params)
-        _apply(pair, factor, params, moments)
-        for node in pair.between:
-            if kind(node) is Kind.CLAMP and not _homogeneous(node):
-                _scale_limits(graph, nodes[value_name(node)], factor, params)
-        scaled = int((factor > 1).sum())
-        text = f"{scaled} of {len(factor)} channels scaled by up to {float(factor.max()):.3g} for {value_name(pair.second)}"
-        log.append(LogEntry("equalize", value_name(pair.first), text))
-    return replace(m, graph=graph, params=params, tuned={}, moments=moments).logged(*log)
+        name = value_name(pair.first)
+        if name not in factors:
+            text = f"not equalized with {value_name(pair.second)}: its values are unknown"
+        else:
+            s = factors[name]
+            text = f"{int((s != 1).sum())} of {len(s)} channels scaled by {float(s.min()):.3g} to {float(s.max()):.3g}"
+            text += f" for {value_name(pair.second)} ({method})"
+        log.append(LogEntry("equalize", name, text))
+    return _applied(m, found, factors).logged(*log)
 
 
-@torch.inference_mode()
-def _channel_statistics(
-    m: QModel, data: Iterable[Inputs], wanted: set[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Largest magnitude and mean square, [channels], of each wanted value."""
-    largest: dict[str, Tensor] = {}
-    power: dict[str, Tensor] = {}
+def _for_weights(m: QModel, found: list[Pair], ranges: Ranges) -> dict[str, Tensor]:
+    """Factors, [channels] by the first layer's name: sweeps over all pairs until nothing changes, so that chains are solved
+    jointly (in a chain through a depthwise layer all three ranges become their geometric mean).
+    """
+    values = m.parameters
+    spans: dict[fx.Node, Tensor] = {}
+    for layer in {p.first for p in found} | {p.second for p in found}:
+        spans[layer] = values[str(weight_of(layer).target)].float()  # type: ignore[union-attr]
+    total = {value_name(p.first): torch.ones(outputs(p.first), device=spans[p.first].device) for p in found}
+    for _ in range(_SWEEPS):
+        largest = 0.0
+        for pair in found:
+            first, second = blocks(pair.first, spans[pair.first]), blocks(pair.second, spans[pair.second])
+            r1 = _range(first, (2, 3), ranges).flatten()
+            r2 = pair.gathered(_range(second, (1, 3), ranges).flatten())
+            s = torch.where((r1 > 0) & (r2 > 0), (r2 / r1.clamp(min=1e-30)).sqrt(), torch.ones_like(r1))
+            name = value_name(pair.first)
+            s = (total[name] * s).clamp(1 / _LARGEST, _LARGEST) / total[name]
+            largest = max(largest, float((s.log()).abs().max()))
+            total[name] = total[name] * s
+            spans[pair.first] = _scaled_outputs(pair.first, spans[pair.first], s)
+            spans[pair.second] = _scaled_inputs(pair, spans[pair.second], 1 / s)
+        if largest < _SETTLED:
+            break
+    return total
+
+
+def _range(parts: Tensor, dims: tuple[int, int], ranges: Ranges) -> Tensor:
+    if ranges == "symmetric":
+        return parts.abs().amax(dims)
+    return parts.amax(dims).clamp(min=0) - parts.amin(dims).clamp(max=0)
+
+
+def _scaled_outputs(layer: fx.Node, w: Tensor, s: Tensor) -> Tensor:
+    return unblocks(layer, blocks(layer, w) * per_output(layer, s), w.shape)
+
+
+def _scaled_inputs(pair: Pair, w: Tensor, s: Tensor) -> Tensor:
+    each = s[pair.source.to(s.device)]
+    return unblocks(pair.second, blocks(pair.second, w) * per_input(pair.second, each), w.shape)
+
+
+_Seen = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]  # least, greatest, mean, mean square, share not zero; each [channels]
+
+
+def _expected(m: QModel, axes: dict[str, int]) -> dict[str, _Seen]:
+    """The wanted values according to the moments of batch norms."""
+    found = {}
+    for name, s in propagate(m).items():
+        if name in axes:
+            axis = axes[name]
+            least, greatest = (t.movedim(axis, 0).flatten(1) for t in s.ends(_FAR))
+            power = s.channels(axis, s.var + s.mean.square())
+            zero = torch.special.ndtr((s.low - s.mu) / s.sigma.clamp(min=1e-30)) * (s.low == 0)
+            active = 1 - s.channels(axis, zero)
+            found[name] = (least.amin(1), greatest.amax(1), s.channels(axis, s.mean), power, active)
+    return found
+
+
+@torch.no_grad()
+def _measured(m: QModel, data: Iterable[Inputs], axes: dict[str, int]) -> dict[str, _Seen]:
+    """The wanted values according to data."""
+    found: dict[str, _Seen] = {}
     count: dict[str, int] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
-        if name in wanted:
-            others = [d for d in range(x.ndim) if d != 1]
-            top = torch.maximum(x.amax(others), -x.amin(others))
-            largest[name] = torch.maximum(largest[name], top) if name in largest else top
-            power[name] = power.get(name, torch.zeros_like(top)) + x.square().sum(others)
-            count[name] = count.get(name, 0) + x.numel() // x.shape[1]
+        if name in axes:
+            others = [d for d in range(x.ndim) if d != axes[name] % x.ndim]
+            new = (x.amin(others), x.amax(others), x.sum(others), x.square().sum(others), (x != 0).float().sum(others))
+            if name in found:
+                old = found[name]
+                sums = (a + b for a, b in zip(old[2:], new[2:], strict=True))
+                new = (torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1]), *sums)  # type: ignore[assignment]
+            found[name] = new
+            count[name] = count.get(name, 0) + x.numel() // x.shape[axes[name]]
         return x
 
     for batch in data:
         run(m.as_float(), batch, tap)
-    return largest, {name: p / count[name] for name, p in power.items()}
+    return {n: (*seen[:2], *(t / count[n] for t in seen[2:])) for n, seen in found.items()}  # type: ignore[misc]
 
 
-def _factor(pair: Pair, largest: Tensor, power: Tensor, params: dict[str, Tensor]) -> Tensor:
-    """[channels], at least 1: what the value's channels are multiplied with."""
-    room = torch.where(largest > 0, largest.max() / largest.clamp(min=1e-30), torch.ones_like(largest)).clamp(
-        1, _LARGEST
-    )
-    if _depthwise(pair.second):
-        return room
-    weight = weight_of(pair.second)
-    assert weight is not None
-    w = params[str(weight.target)]
-    w = w.flatten(2) if pair.second.target is CONV else w[:, :, None]
-    columns = w.square().sum((0, 2)).sqrt()
-    rounding = (w.flatten(1).abs().amax(1) / _WEIGHT_STEPS).square().sum().mul(w.shape[2]).sqrt()
-    step = largest.max() / _STEPS
-    best = (step * columns / (rounding * power.sqrt()).clamp(min=1e-30)).sqrt()
-    return torch.minimum(best.clamp(min=1.0), room)
+class _Side:
+    """One layer of a chain: what its expected noise depends on, in blocks [groups, outputs, inputs] without taps."""
+
+    def __init__(self, m: QModel, layer: fx.Node, into: _Seen) -> None:
+        w = blocks(layer, m.parameters[str(weight_of(layer).target)].float())  # type: ignore[union-attr]
+        self.largest, self.squares, taps = w.abs().amax(3), w.square().sum(3), w.shape[3]
+        self.power = (into[3] * taps).reshape(groups(layer), -1)
+        self.low, self.high = (-into[0]).clamp(min=0), into[1].clamp(min=0)
+        self.active = into[4].reshape(groups(layer), -1, 1)  # zero is on every grid
+        self.importance = torch.ones(())  # [groups, outputs]: how noise there counts at the end of the chain
+        self.before: Pair | None = None
+        self.after: Pair | None = None
+        self.at: Tensor | None = None  # which input each output's largest weight meets
+
+    def noise(self, s: dict[Pair, Tensor], per_channel: bool, steps: tuple[float, float]) -> Tensor:
+        """What rounding its weight and what it reads adds to the end of the chain, relative to the signal there."""
+        one = torch.ones(self.power.numel(), device=self.power.device)
+        b = one if self.before is None else s[self.before][self.before.source.to(one.device)]
+        per_group = b.reshape(len(self.power), -1)
+        met = (self.power * per_group.square()).sum(1, keepdim=True)
+        reach = _soft_max(self.high * b) + _soft_max(self.low * b)
+        through = (self.squares @ (self.active / per_group.square()[:, :, None]))[:, :, 0]
+        if self.at is None:
+            self.at = (self.largest / per_group.detach()[:, None]).argmax(2)
+        rows = self.largest.gather(2, self.at[:, :, None])[:, :, 0] / per_group.gather(1, self.at)
+        own = torch.ones_like(rows) if self.after is None else s[self.after].reshape(rows.shape)
+        span = rows if per_channel else _soft_max(rows * own) / own
+        noise = steps[0] * span.square() * met + steps[1] * reach.square() * through
+        return (noise * self.importance).sum()
 
 
-def _apply(pair: Pair, factor: Tensor, params: dict[str, Tensor], moments: dict[str, Moments]) -> None:
-    first, bias, second = weight_of(pair.first), bias_of(pair.first), weight_of(pair.second)
-    assert first is not None and second is not None  # pairs are layers with constant weights
-    w1, w2 = params[str(first.target)], params[str(second.target)]
-    params[str(first.target)] = w1 * factor.reshape(-1, *[1] * (w1.ndim - 1))
-    if bias is not None:
-        params[str(bias.target)] = params[str(bias.target)] * factor
-    along = (-1, *[1] * (w2.ndim - 1)) if _depthwise(pair.second) else (1, -1, *[1] * (w2.ndim - 2))
-    params[str(second.target)] = w2 / factor.reshape(along)
-    name = value_name(pair.first)
-    if name in moments:
-        moments[name] = Moments(moments[name].mean * factor, moments[name].std * factor)
+def _variance(seen: _Seen) -> Tensor:
+    return (seen[3] - seen[2].square()).clamp(min=0)
 
 
-def _homogeneous(node: fx.Node) -> bool:
-    """A clamp at zero or infinity needs no new limits."""
-    return all(b == 0 or abs(b) == float("inf") for b in clamp_bounds(node) or (1.0,))
+def _chains(m: QModel, found: list[Pair], seen: dict[str, _Seen]) -> tuple[list[Pair], list[list[_Side]]]:
+    """The pairs whose values are all known, and the layers of each chain that they form."""
+    usable: list[Pair] = []
+    sides: dict[fx.Node, _Side] = {}
+    chains: list[list[_Side]] = []
+
+    def known(*nodes: object) -> bool:
+        values = [seen.get(value_name(n)) for n in nodes]  # type: ignore[arg-type]
+        return all(v is not None and all(bool(torch.isfinite(t).all()) for t in v) for v in values)
+
+    for pair in found:  # in graph order, so that a chain grows at its end
+        if not known(pair.first.args[0], pair.first, pair.value, pair.second):
+            continue
+        usable.append(pair)
+        for layer in (pair.first, pair.second):
+            sides.setdefault(layer, _Side(m, layer, seen[value_name(layer.args[0])]))  # type: ignore[arg-type]
+        first, second = sides[pair.first], sides[pair.second]
+        first.after, second.before = pair, pair
+        chain = next((c for c in chains if first in c), None)
+        if chain is None:
+            chains.append([first, second])
+        else:
+            chain.append(second)
+    for pair in reversed(usable):  # from the end of each chain back to its start
+        first, second = sides[pair.first], sides[pair.second]
+        signal = _variance(seen[value_name(pair.first)])
+        if second.after is None:
+            variance = _variance(seen[value_name(pair.second)]).reshape(second.power.shape[0], -1)
+            second.importance = 1 / (variance.clamp(min=1e-6 * float(variance.max()) + 1e-30) * variance.numel())
+        passed = _variance(seen[value_name(pair.value)])
+        gain = _gathered_sum(pair, passed) / pair.source.bincount(minlength=len(signal)).clamp(min=1).to(passed)
+        columns = (second.squares * second.importance[:, :, None]).sum(1).flatten()
+        found_here = _gathered_sum(pair, columns) * gain / signal.clamp(min=1e-6 * float(signal.max()) + 1e-30)
+        first.importance = found_here.reshape(first.power.shape[0], -1)
+    return usable, chains
 
 
-def _scale_limits(graph: fx.Graph, node: fx.Node, factor: Tensor, params: dict[str, Tensor]) -> None:
-    """The clamp gets limits for each channel, so that it still cuts where it did."""
+def _gathered_sum(pair: Pair, per_input: Tensor) -> Tensor:
+    total = torch.zeros(outputs(pair.first), dtype=per_input.dtype, device=per_input.device)
+    return total.index_add(0, pair.source.to(per_input.device), per_input)
+
+
+def _soft_max(x: Tensor) -> Tensor:
+    """A smooth maximum of positive numbers, so that every channel near the largest feels it."""
+    top = x.detach().max().clamp(min=1e-30)
+    return top * ((x / top).pow(_SHARPNESS).sum() + 1e-12).pow(1 / _SHARPNESS)
+
+
+@torch.enable_grad()
+def _for_noise(
+    m: QModel, found: list[Pair], data: Iterable[Inputs] | None, per_channel: bool, bits: tuple[int, int]
+) -> tuple[dict[str, Tensor], list[LogEntry]]:
+    """Factors, [channels] by the first layer's name, that minimise the expected noise; as published where values are unknown."""
+    axes: dict[str, int] = {}
+    for pair in found:
+        for layer in (pair.first, pair.second):
+            axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
+            axes[value_name(pair.value)] = input_axis(pair.second)
+    # What batch norms remember of all training data is worth more than a few samples: these fill in where nothing is known.
+    expected = {n: seen for n, seen in _expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
+    if data is not None and not axes.keys() <= expected.keys():
+        expected = {**_measured(m, data, axes), **expected}
+    usable, chains = _chains(m, found, expected)
+    published = {} if per_channel else _for_weights(m, found, "symmetric")
+    if not usable:
+        return published, []
+    steps = (1 / (12 * (2.0 ** (bits[0] - 1) - 1) ** 2), 1 / (12 * (2.0 ** bits[1] - 1) ** 2))
+
+    def noise(logs: dict[Pair, Tensor]) -> Tensor:
+        s = {p: t.exp() for p, t in logs.items()}
+        each = [torch.stack([side.noise(s, per_channel, steps) for side in chain]).sum() for chain in chains]
+        return torch.stack(each).log().mean()  # chains are independent; by logarithms one rate suits all
+
+    def searched_again() -> None:
+        for chain in chains:
+            for side in chain:
+                side.at = None
+
+    starts = [{p: torch.zeros(outputs(p.first), device=chains[0][0].power.device) for p in usable}]
+    if not per_channel:
+        starts.append({p: published[value_name(p.first)].log() for p in usable})
+    losses = []
+    for start in starts:
+        searched_again()
+        losses.append(noise(start).item())
+    least = min(losses)
+    best = starts[losses.index(least)]
+    logs = {p: t.clone().requires_grad_() for p, t in best.items()}
+    optimizer = torch.optim.Adam(logs.values(), lr=_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, _STEPS)
+    for step in range(_STEPS):
+        if step % _SEARCH_EVERY == 0:
+            searched_again()
+        optimizer.zero_grad()
+        loss = noise(logs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.item() < least:
+            least, best = loss.item(), {p: t.detach().clone() for p, t in logs.items()}
+        optimizer.step()
+        schedule.step()
+    gained = 10 / math.log(10) * (losses[0] - least)
+    text = f"expected noise at the ends of {len(chains)} chains lowered by {gained:.1f} dB on average"
+    limit = math.log(_LARGEST)
+    factors = {value_name(p.first): best[p].clamp(-limit, limit).exp() for p in usable}
+    return {**published, **factors}, [LogEntry("equalize", None, text)]
+
+
+def _applied(m: QModel, found: list[Pair], factors: dict[str, Tensor]) -> QModel:
+    """The model with scaled weights, biases, moments and limits."""
+    graph, params, moments = editable(m.graph), dict(m.parameters), dict(m.moments)
+    nodes = by_value(graph)
+    for pair in found:
+        name = value_name(pair.first)
+        s = factors.get(name)
+        if s is None:
+            continue
+        first, bias, second = (str(n.target) if n is not None else "" for n in _parameters(pair))
+        params[first] = _scaled_outputs(pair.first, params[first], s)
+        if bias:
+            params[bias] = params[bias] * s
+        params[second] = _scaled_inputs(pair, params[second], 1 / s)
+        if name in moments:
+            moments[name] = Moments(moments[name].mean * s, moments[name].std * s)
+        for node, carried in zip(pair.between, pair.carried, strict=True):
+            if kind(node) is Kind.CLAMP:
+                _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
+    return replace(m, graph=graph, params=params, tuned={}, moments=moments)
+
+
+def _parameters(pair: Pair) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    return weight_of(pair.first), bias_of(pair.first), weight_of(pair.second)
+
+
+def _scale_limits(graph: fx.Graph, node: fx.Node, s: Tensor, params: dict[str, Tensor]) -> None:
+    """The clamp gets limits for each channel, so that it still cuts where it did; at zero or infinity it needs none."""
     bounds = clamp_bounds(node)
-    assert bounds is not None
-    shape = (-1, *[1] * (len(node.meta["shape"]) - 2))
+    if bounds is None:  # limits for each channel already
+        for argument in node.args[1:3]:
+            name = str(argument.target)  # type: ignore[union-attr]
+            params[name] = params[name] * s
+        return
+    if all(b == 0 or abs(b) == float("inf") for b in bounds):
+        return
     limits = []
     for end, bound in zip(("lower", "upper"), bounds, strict=True):
         name = f"{value_name(node)}:{end}"
-        params[name] = (factor * bound if bound != 0 else torch.zeros_like(factor)).reshape(shape)
+        params[name] = s * bound if bound != 0 else torch.zeros_like(s)
         limits.append(parameter(graph, name, node, params[name].shape))
     node.target, node.args, node.kwargs = CLAMP_CHANNELS, (node.args[0], *limits), {}

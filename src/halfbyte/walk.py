@@ -1,0 +1,171 @@
+"""Visit every layer once, in graph order, with the float and the quantized network side by side.
+
+Both streams are alive for all samples, but only at the frontier between what has run and what has not, so the cost is linear
+in depth. Values beyond a memory budget lie in files that the operating system maps.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from halfbyte.affine import fake_quantize
+from halfbyte.errors import DataError
+from halfbyte.graph import layers
+from halfbyte.model import Inputs, QModel, value_name
+from halfbyte.run import last_uses
+
+Frontier = Sequence[Tensor]
+# model so far, layer, the layer's input in the quantized network and its output in the float one, batch by batch -> model
+Visit = Callable[[QModel, fx.Node, Frontier, Frontier], QModel]
+# Progress: layers visited, layers in all, name of the layer.
+Visited = Callable[[int, int, str], None]
+
+
+class _Store:
+    """Keeps tensors in memory up to a budget, and beyond it in files that are mapped instead of loaded."""
+
+    def __init__(self, budget: int | None, folder: str) -> None:
+        self.budget, self.folder, self.files = budget, folder, 0
+        self.held = 0
+
+    def keep(self, t: Tensor) -> Tensor:
+        """The same values, perhaps in a file."""
+        size = t.numel() * t.element_size()
+        if self.budget is None or t.device.type != "cpu" or self.held + size <= self.budget or size < 1 << 16:
+            self.held += size
+            return t
+        self.files += 1
+        path = Path(self.folder) / f"{self.files}"
+        mapped = torch.from_file(str(path), shared=True, size=t.numel(), dtype=t.dtype).reshape(t.shape)
+        mapped.copy_(t)
+        path.unlink()  # the mapping keeps the data; nothing stays behind if the process ends
+        return mapped
+
+    def drop(self, t: Tensor) -> None:
+        """Forget a kept tensor's size."""
+        self.held = max(0, self.held - t.numel() * t.element_size())
+
+
+def _segments(m: QModel) -> list[list[fx.Node]]:
+    """The graph cut in front of every layer."""
+    found: list[list[fx.Node]] = [[]]
+    starts = set(layers(m.graph))
+    for node in m.graph.nodes:
+        if node in starts:
+            found.append([])
+        found[-1].append(node)
+    return found
+
+
+@torch.no_grad()
+def walk(
+    m: QModel,
+    data: Iterable[Inputs],
+    visit: Visit,
+    *,
+    quantized_inputs: bool = True,
+    budget: int | None = None,
+    progress: Visited | None = None,
+) -> QModel:
+    """Let ``visit`` see, and change, one layer after another.
+
+    quantized_inputs: each layer sees what the network so far, quantized and changed, gives it; else what the float network
+    does. budget: bytes of running values to hold in memory. Parameters that ``visit`` puts in ``tuned`` count from its layer
+    on. Returns what the last visit returned. Raises :class:`DataError` if there are no data.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        store = _Store(budget, folder)
+        reference, stream = _Stream(m, store), _Stream(m, store)
+        batches = [tuple(batch) for batch in data]
+        if not batches:
+            raise DataError("there are no data to work with")
+        reference.start(len(batches))
+        stream.start(len(batches))
+        segments = _segments(m)
+        for done, nodes in enumerate(segments):
+            layer = nodes[0] if done else None
+            outputs = None
+            if layer is not None:
+                outputs = [reference.evaluate(m.params, layer, i, None) for i in range(len(batches))]
+                seen = stream if quantized_inputs else reference
+                m = visit(m, layer, [env[layer.args[0]] for env in seen.values], outputs)  # type: ignore[index]
+            remembered: dict[str, Tensor] = {}
+            for i, batch in enumerate(batches):
+                reference.advance(m.params, nodes, i, batch, None, remembered, outputs[i] if outputs else None)
+                if quantized_inputs:
+                    stream.advance(m.parameters, nodes, i, batch, m, remembered, None)
+            if layer is not None and progress is not None:
+                progress(done, len(segments) - 1, value_name(layer))
+    return m
+
+
+class _Stream:
+    """One of the two networks: the values at the frontier, for each batch."""
+
+    def __init__(self, m: QModel, store: _Store) -> None:
+        self.store, self.freed = store, last_uses(m.graph)
+        self.values: list[dict[fx.Node, Any]] = []
+
+    def start(self, batches: int) -> None:
+        """Empty frontiers."""
+        self.values = [{} for _ in range(batches)]
+
+    def evaluate(self, params: Any, node: fx.Node, i: int, quantize: QModel | None, known: Any = None) -> Any:
+        """One operation on one batch, on its inputs at the frontier."""
+        env = self.values[i]
+
+        def load(n: fx.Node) -> Any:
+            if n.op != "get_attr":
+                return env[n]
+            value = params[str(n.target)]
+            grid = quantize.grid(value_name(n)) if quantize is not None else None
+            if grid is None:
+                return value
+            if str(n.target) not in known:
+                known[str(n.target)] = fake_quantize(value, grid)
+            return known[str(n.target)]
+
+        return node.target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))  # type: ignore[operator]
+
+    def advance(
+        self,
+        params: Any,
+        nodes: Sequence[fx.Node],
+        i: int,
+        batch: Inputs,
+        quantize: QModel | None,
+        known: dict[str, Tensor],
+        first: Any,
+    ) -> None:
+        """Run the nodes on one batch and keep what later nodes need."""
+        env, inputs = self.values[i], iter(batch)
+        device = next((t.device for t in params.values()), None)
+        made: set[fx.Node] = set()
+        for at, node in enumerate(nodes):
+            if node.op == "output":
+                return
+            if node.op == "get_attr":
+                continue
+            if node.op == "placeholder":
+                result = next(inputs)
+                result = result if device is None else result.to(device)
+            elif at == 0 and first is not None:
+                result = first
+            else:
+                result = self.evaluate(params, node, i, quantize, known)
+            grid = quantize.grid(value_name(node)) if quantize is not None and "value" in node.meta else None
+            if grid is not None and isinstance(result, Tensor):
+                result = fake_quantize(result, grid)
+            env[node] = result
+            made.add(node)
+            for dead in self.freed.get(node, ()):
+                gone = env.pop(dead, None)
+                if isinstance(gone, Tensor) and dead not in made:
+                    self.store.drop(gone)
+        for node in made & env.keys():
+            if isinstance(env[node], Tensor):
+                env[node] = self.store.keep(env[node])
