@@ -77,6 +77,88 @@ def tasks(rows: list[dict[str, Any]]) -> list[str]:
     return out
 
 
+def dfq(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## Data-free quantization step by step, W8A8 with one scale per weight tensor", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/dfq.py`."]
+    out += [
+        "The steps of arXiv 1906.04721. Top-1, the paired difference and the other figures are those of the fake-quantizing float",
+        "simulation on the labelled images, which is quicker than the exact one in integers. The row *equalized for noise + absorbed +",
+        "corrected* with ranges from batch norms is also exported, proven equal to the integer simulation and evaluated in ONNX",
+        "Runtime. Ranges of running values come from the batch norms (six deviations) or from calibration images (least squared",
+        "error). Equalization and absorption never see an image; weights have the range of least squared error, weighted by the",
+        "power of what they meet. *As published* gives both layers the same ranges, *for noise* minimises the expected rounding",
+        "noise.",
+    ]
+    for r in found:
+        out += ["", f"### {r['network']}: float {percent(r['float'])} on {r['images']} images, {r['samples']} calibration images", "",
+                "| step | ranges from | top-1 | from float (95 %, paired) | agrees with float | logit SNR |",
+                "|---|---|---|---|---|---|"]  # fmt: skip
+        for row in r["rows"]:
+            if "impossible" in row:
+                out.append(f"| {row['step']} | {row['ranges']} | not possible: {row['impossible']} | | | |")
+                continue
+            d = row["difference"]
+            out.append(
+                f"| {row['step']} | {row['ranges']} | {percent(row['top1'])} "
+                f"| {d['points']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) | {percent(row['agreement'])} % | {row['snr_db']:.1f} dB |"
+            )
+        c, worst = r["cost"], max(r["float_change"].values())
+        out += [
+            "",
+            f"The whole data-free path takes {c['data_free_seconds']:.1f} s, {c['ratio']:.1f} times a float pass over "
+            f"{c['images']} images ({c['float_pass_seconds']:.1f} s). Equalizing and absorbing change the float outputs by at most "
+            f"{worst:.1e} of the largest.",
+        ]
+        if "file" in r:
+            f, d = r["file"], r["file"]["difference"]
+            out.append(
+                f"The file without data: top-1 {percent(f['file'])}, {d['points']:+.2f} points from float ({d['low']:+.2f} to "
+                f"{d['high']:+.2f}); it decides as the integer simulation on {percent(f['agreement']['file_simulation'])} % of "
+                "the images."
+            )
+    return out
+
+
+def ranges(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## Range rules, weights or running values alone", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/ranges.py`."]
+    out += [
+        "As tables 1 and 2 of arXiv 2106.08295: one side on a grid, the other in float, no bias correction; top-1 of the",
+        "fake-quantizing float simulation and, in brackets, the paired difference from float in points. *MSE by input power* weighs",
+        "each weight's error by the power of the input it meets. Networks with depthwise layers are equalized as published before",
+        "their weights are rounded; their running values are those of the original network. *Batch norms*: no data, six deviations.",
+    ]
+    for r in found:
+        note = ", weights equalized" if r["equalized_for_weights"] else ""
+        out += [
+            "",
+            f"### {r['network']}: float {percent(r['float'])} on {r['images']} images, {r['samples']} calibration images{note}",
+        ]
+        for what, letter in (("weights", "W"), ("activations", "A")):
+            table: dict[str, dict[int, str]] = {}
+            for row in r["rows"]:
+                if row["what"] == what:
+                    kind = {True: ", per channel", False: ", per tensor"}.get(row.get("per_channel"), "")
+                    text = (
+                        f"{percent(row['top1'])} ({row['difference']['points']:+.2f})"
+                        if "top1" in row
+                        else "not possible"
+                    )
+                    table.setdefault(row["rule"] + kind, {})[row["bits"]] = text
+            widths = sorted({bits for cells in table.values() for bits in cells}, reverse=True)
+            out += [
+                "",
+                "| rule | " + " | ".join(f"{letter}{b}" for b in widths) + " |",
+                "|---" * (len(widths) + 1) + "|",
+            ]
+            out += [
+                f"| {rule} | " + " | ".join(cells.get(b, "") for b in widths) + " |" for rule, cells in table.items()
+            ]
+    return out
+
+
 def main() -> None:
     rows, others = read("classification-*.json"), read("task-*.json")
     engine = rows[0]["engine"] if rows else ""
@@ -112,6 +194,10 @@ def main() -> None:
         "## Other tasks, W8A8",
         "",
         *(tasks(others) if others else ["Not measured yet: `python benchmarks/other_tasks.py`."]),
+        "",
+        *dfq(read("dfq-*.json")),
+        "",
+        *ranges(read("ranges-*.json")),
         "",
     ]
     (HERE.parent / "BENCHMARKS.md").write_text("\n".join(lines))

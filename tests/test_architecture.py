@@ -17,7 +17,7 @@ LAYERS: dict[int, str] = {
     "transforms.absorb_bias capture",
     3: "targets place",
     4: "stats grids walk correct calibrate",
-    8: "lower engine integer parity export_onnx evaluate benchmark report quantize inspection summary job",
+    8: "lower engine integer parity export_onnx evaluate benchmark report recipe quantize inspection summary job",
     9: "cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -18,15 +19,16 @@ from halfbyte.graph import (
     input_axis,
     is_depthwise,
     layers,
+    output_values,
     per_input,
     tensors,
     unblocks,
     weight_of,
 )
-from halfbyte.grids import MSE, GridRule, MinMax, from_range
+from halfbyte.grids import MSE, GridRule, MinMax, cross_entropy, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
-from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds
+from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds, is_tensor
 from halfbyte.run import run
 from halfbyte.stats import Histogram, expected_histogram, histogram
 
@@ -35,6 +37,8 @@ _log = logging.getLogger("halfbyte")
 _BIAS_LIMIT = 2**30
 # So many samples stay with the model: the exported file is proven on them.
 PROOF_SAMPLES = 16
+# Rows of logits kept for the cross-entropy range.
+_LOGITS = 512
 
 Batches = Iterable[Inputs]
 Progress = Callable[[str, int, int | None], None]
@@ -51,6 +55,7 @@ class Observed:
     histograms: Mapping[str, Histogram]
     inputs: InputMoments
     samples: int
+    logits: Mapping[str, Tensor] = field(default_factory=dict)  # of classifiers, [samples, classes]
 
 
 def _running(m: QModel) -> set[str]:
@@ -94,6 +99,8 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
             axes.setdefault(value_name(layer.args[0]), set()).add(input_axis(layer))
     found: dict[str, Histogram] = {}
     inputs: dict[tuple[str, int], ChannelMoments] = {}
+    classifiers = {value_name(n) for n in output_values(m.graph) if is_tensor(n) and len(n.meta["shape"]) == 2} & wanted
+    logits: dict[str, list[Tensor]] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in wanted:
@@ -103,6 +110,8 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
                 )
             new = histogram(x)
             found[name] = found[name].merged(new) if name in found else new
+        if name in classifiers and sum(map(len, logits.setdefault(name, []))) < _LOGITS:
+            logits[name].append(x.clone())
         for axis in axes.get(name, ()):
             moments, key = channel_moments(x, axis), (name, axis)
             inputs[key] = inputs[key].merged(moments) if key in inputs else moments
@@ -117,7 +126,7 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
             progress("calibrate", i + 1, None)
     if not seen:
         raise DataError("the calibration data is empty")
-    return Observed(found, inputs, seen)
+    return Observed(found, inputs, seen, {name: torch.cat(parts) for name, parts in logits.items()})
 
 
 def calibrate(
@@ -127,6 +136,7 @@ def calibrate(
     activations: GridRule | None = None,
     weights: GridRule | None = None,
     overrides: Mapping[str, tuple[float, float]] | None = None,
+    logits: Literal["same", "cross-entropy"] = "same",
     correct: bool = True,
     progress: Progress = silent,
 ) -> QModel:
@@ -135,7 +145,8 @@ def calibrate(
     data: without them the ranges follow from the batch norms (white paper 2106.08295, section 3.1), of which
     :class:`UsageError` says where there are none. activations, weights: the rule for the range (default: least squared error,
     of weights weighted by the power of the inputs they meet; without data the whole range of six deviations). overrides:
-    value -> (lowest, highest). correct: the mean error of the rounded weights goes into the biases.
+    value -> (lowest, highest). logits: the rule for quantized outputs of classifiers, [samples, classes]; cross entropy needs
+    data. correct: the mean error of the rounded weights goes into the biases.
     """
     _check_planned(m)
     kept: list[Inputs] = []
@@ -152,7 +163,12 @@ def calibrate(
     )
     rule = activations or (MSE() if data is not None else MinMax())
     chosen = {name: rule.activation(h, m.plan[name]) for name, h in histograms.items()}  # type: ignore[arg-type]
+    if logits == "cross-entropy":
+        for name, rows in observed.logits.items():
+            chosen[name] = cross_entropy(rows, m.plan[name], chosen[name])  # type: ignore[arg-type]
     log = [LogEntry("calibrate", None, f"running values: {rule.name} ranges of {len(chosen)} values")]
+    if logits == "cross-entropy":
+        log += [LogEntry("calibrate", n, "range of least cross entropy") for n in observed.logits]
     log += [
         LogEntry("calibrate", n, f"is always {h.minimum:g} on the data")
         for n, h in histograms.items()

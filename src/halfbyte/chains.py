@@ -5,11 +5,12 @@ an output of the network, no shared weight. Chains of any length are pairs that 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from halfbyte.graph import input_axis, is_output, layers, weight_of
+from halfbyte.graph import bias_of, input_axis, is_output, layers, weight_of
 from halfbyte.model import LogEntry, value_name
 from halfbyte.ops import GLOBAL_AVERAGE_POOL, LINEAR, Kind, argument, aten, base_name, clamp_bounds, kind
 
@@ -70,8 +71,9 @@ def pairs(graph: fx.Graph, stage: str = "equalize") -> tuple[list[Pair], list[Lo
 
 def _partner(layer: fx.Node, every: set[fx.Node]) -> Pair | str:
     """The pair that starts with this layer, or the reason why there is none."""
-    if len(weight_of(layer).users) > 1:  # type: ignore[union-attr]
-        return "its weight is shared"
+    for what, parameter in (("weight", weight_of(layer)), ("bias", bias_of(layer))):
+        if parameter is not None and len(parameter.users) > 1:
+            return f"its {what} is shared"
     between: list[tuple[fx.Node, Tensor]] = []
     node, channels = layer, _channels(layer)
     while True:
@@ -132,7 +134,7 @@ def _followed(channels: Tensor, node: fx.Node, reader: fx.Node) -> Tensor | str:
         return f"{name} comes next, which is curved: f(s x) is not s f(x)"
     if not _homogeneous(reader) or reader.args[0] is not node:
         return f"{name} comes next"
-    if channels.shape == tuple(_sizes(reader)):
+    if kind(reader) is Kind.CLAMP or name in ("leaky_relu", "prelu"):
         return channels
     line = channels.movedim(1, 0).flatten(1)
     if _sizes(reader)[1] != len(line) or not bool((line == line[:, :1]).all()):
@@ -147,6 +149,9 @@ def _homogeneous(node: fx.Node) -> bool:
         bounds = clamp_bounds(node)
         return bounds is None or bounds[0] <= 0 <= bounds[1]
     if name in ("pad", "constant_pad_nd"):
+        amounts: Any = node.args[1]
+        if any(amounts[2 * (len(node.meta["shape"]) - 2) :]):
+            return False  # it pads the channels themselves
         return kind(node) is Kind.CODES or argument(node, 2, "mode", "constant") in ("reflect", "replicate")
     if name in ("leaky_relu", "prelu", *_POOLS) or node.target is GLOBAL_AVERAGE_POOL:
         return node.target is not aten.prelu.default or _constant_slopes(node)
@@ -162,5 +167,7 @@ def padded(layer: fx.Node) -> bool:
     """Whether a layer meets zeros that are not values of its input: at borders, or between the positions it spreads."""
     if layer.target is LINEAR:
         return False
+    if kind(layer) is Kind.CONV:
+        return any(layer.args[4])  # type: ignore[arg-type]
     taps = layer.args[1].meta["shape"][2:]  # type: ignore[union-attr]
-    return any(layer.args[4]) if kind(layer) is Kind.CONV else any(t != 1 for t in taps)  # type: ignore[arg-type]
+    return any(t != 1 for t in (*taps, *layer.args[3])) or any((*layer.args[4], *layer.args[5]))  # type: ignore[misc]

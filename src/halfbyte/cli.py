@@ -205,10 +205,25 @@ def _threads(threads: int | None) -> int:
 @click.option("--samples", default=256, help="Calibration samples to use.")
 @click.option("--batch", default=32, help="Samples at a time.")
 @click.option("--seed", default=0, help="Chooses the samples.")
+@click.option("--data-free", is_flag=True, help="Use no data: batch norms tell the ranges.")
 @click.option(
-    "--activation-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule."
+    "--recipe",
+    metavar="NAME|FILE",
+    help="Steps to follow, see 'halfbyte recipes' [default: default; without data: dfq].",
 )
-@click.option("--weight-range", type=click.Choice(["mse", "min-max", "percentile"]), default="mse", help="Range rule.")
+@click.option(
+    "--activation-range",
+    type=click.Choice(["mse", "min-max", "percentile"]),
+    help="Range rule [default: the recipe's].",
+)
+@click.option(
+    "--weight-range", type=click.Choice(["mse", "min-max", "percentile"]), help="Range rule [default: the recipe's]."
+)
+@click.option(
+    "--logit-range",
+    type=click.Choice(["same", "cross-entropy"]),
+    help="Range rule of a classifier's quantized outputs [default: the recipe's].",
+)
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
 @click.option(
@@ -227,6 +242,7 @@ def _threads(threads: int | None) -> int:
 def quantize(
     network: str,
     calibration: str | None,
+    data_free: bool,
     output: str,
     bits: str | None,
     weight_bits: int | None,
@@ -241,10 +257,8 @@ def quantize(
     **options: Any,
 ) -> None:
     """Quantize NETWORK (file.py:callable, package.module:callable or net.pt2), export it to ONNX and prove the file."""
-    if calibration is None:
-        raise UsageError(
-            "no calibration data: give --calibration, a folder of some hundred unlabelled pictures, .npy, .npz or file.py:callable"
-        )
+    if calibration is not None and data_free:
+        raise UsageError("--calibration and --data-free contradict each other: choose one")
     if bits is not None and (weight_bits is not None or activation_bits is not None):
         raise UsageError("--bits and --weight-bits or --activation-bits were both given: use one form")
     if resume and overwrite:
@@ -256,7 +270,7 @@ def quantize(
     bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
     parse_bits(bits)
     preprocess = _preprocess(options)
-    from halfbyte.job import Settings, check_output, quantize_job
+    from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
     check_output(Path(output), resume=resume, overwrite=overwrite)
     _threads(threads)
@@ -270,10 +284,35 @@ def quantize(
         preprocess=None if preprocess is None else preprocess.to_dict(),
         **options,
     )
+    chosen_recipe(settings)
+    if calibration is None and not data_free:
+        from halfbyte.quantize import NO_DATA
+
+        _say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
     with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
         described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
     _print(as_json, quiet, described, _verdict(described, output))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or write the recipe NAME as TOML: redirect it to a file, edit it, give it to --recipe."""
+    from halfbyte import recipe
+
+    if name is not None:
+        found = recipe.load_recipe(name)
+        click.echo(json.dumps(found.to_dict(), indent=1) if as_json else recipe.text(name).rstrip())
+        return
+    every = [recipe.load_recipe(n) for n in recipe.names()]
+    if as_json:
+        click.echo(json.dumps([r.to_dict() for r in every], indent=1))
+        return
+    width = max(len(r.name) for r in every)
+    for r in every:
+        click.echo(f"{r.name:{width}}  {r.description}")
 
 
 def _announce(settings: Any, quiet: bool) -> None:
@@ -285,7 +324,8 @@ def _announce(settings: Any, quiet: bool) -> None:
     note = ""
     if target.narrow_products:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
-    _say(quiet, f"{settings.bits} for {target.name}{note}, {settings.samples} samples, seed {settings.seed}")
+    data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
+    _say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
 
 
 def _friendly_warnings(quiet: bool) -> Any:

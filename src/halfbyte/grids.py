@@ -1,7 +1,7 @@
 """Statistics and a format -> a grid: minimum and maximum, percentile, least squared error (arXiv 2106.08295, section 3.1)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from halfbyte.stats import Histogram
 
 _SMALLEST = 1e-8  # a scale relative to float32: below it codes would be noise
 _CANDIDATES = 40  # thresholds tried between none and all of the range, then refined around the best
+_SAMPLED = 1 << 14  # values of a row that a search looks at
 _SEARCHED_BITS = 10  # a histogram of 2048 bins can tell apart grids of this width, not finer ones
 
 
@@ -146,6 +147,23 @@ def _errors(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None, power:
     return rows(error if power is None else error * power, form).sum(1)
 
 
+def _sampled(w: Tensor, form: Format, power: Tensor | None) -> tuple[Tensor, Format, Tensor | None]:
+    """Of long rows some values, their extremes among them: enough to compare ranges by, at a fraction of the time."""
+    flat = rows(w, form)
+    if form.group is not None or flat.shape[1] <= 2 * _SAMPLED:
+        return w, form, power
+    lowest, highest = flat.min(1), flat.max(1)
+    stride = flat.shape[1] // _SAMPLED
+    stride += (stride + 1) % 2  # odd, so that every tap of a kernel has its turn
+
+    def picked(t: Tensor) -> Tensor:
+        ends = [t.gather(1, at[:, None]) for at in (lowest.indices, highest.indices)]
+        return torch.cat([t[:, ::stride], *ends], 1)
+
+    weighted = None if power is None else picked(rows(power, form))
+    return picked(flat), replace(form, axis=None if form.axis is None else 0), weighted
+
+
 @dataclass(frozen=True)
 class MinMax:
     """The whole range: nothing is clipped, an outlier costs everyone resolution."""
@@ -212,14 +230,14 @@ class MSE:
     def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid by a search for each row: a net of shares of the range, then a finer one around the best."""
         two = _two_largest(w, form) if pairs else None
-        count = rows(w, form).shape[0]
-        best = torch.ones(count, device=w.device)
-        least = _errors(w, form, best, two, power)
+        best = torch.ones(rows(w, form).shape[0], device=w.device)
+        part, flat, weighted = _sampled(w, form, power)
+        least = _errors(part, flat, best, two, weighted)
         # Inputs of little power may meet the largest weights, so the optimum can lie far below the whole range.
         for share in (*torch.logspace(-1.0, -0.2, 8).tolist(), *torch.linspace(0.66, 0.99, 18).tolist()):
-            best, least = self._better(w, form, torch.full_like(best, share), two, power, best, least)
+            best, least = self._better(part, flat, torch.full_like(best, share), two, weighted, best, least)
         for step in (-0.01, -0.005, 0.005, 0.01):
-            best, least = self._better(w, form, (best * (1 + step)).clamp(max=1.0), two, power, best, least)
+            best, least = self._better(part, flat, (best * (1 + step)).clamp(max=1.0), two, weighted, best, least)
         return _row_grid(w, form, best, two)
 
     @staticmethod
@@ -262,4 +280,29 @@ def _search(h: Histogram, form: Format, ends: Callable[[Tensor], tuple[Tensor, T
             best, least = float(net[at]), float(errors[at])
         step = (high - low) / (_CANDIDATES - 1)
         low, high = max(best - step, 1e-3), min(best + step, 1.0)
+    return best
+
+
+RULES: dict[str, GridRule] = {"mse": MSE(), "min-max": MinMax(), "percentile": Percentile()}
+
+
+def cross_entropy(logits: Tensor, form: Format, start: Grid) -> Grid:
+    """The grid of a classifier's logits, [samples, classes], that changes its probabilities least (arXiv 2106.08295, eq. 27).
+
+    Minimises the cross entropy between the softmax of the logits and that of the quantized logits: small logits hardly count, the
+    largest do. start: the grid to beat, such as the one of least squared error.
+    """
+    target = torch.softmax(logits.double(), 1)
+
+    def loss(grid: Grid) -> float:
+        return -float((target * torch.log_softmax(fake_quantize(logits, grid).double(), 1)).sum(1).mean())
+
+    lo, hi = float(logits.min()), float(logits.max())
+    best, least = start, loss(start)
+    for low in torch.linspace(0.2, 1.0, 9).tolist():  # the small logits may be cut off long before the large ones
+        for high in torch.linspace(0.9, 1.2, 7).tolist():  # these must not be, on other data neither
+            grid = from_range(lo * low, hi * high, form, logits.device)
+            found = loss(grid)
+            if found < least:
+                best, least = grid, found
     return best

@@ -21,19 +21,18 @@ from halfbyte.capture import capture
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import parse_bits
-from halfbyte.grids import MSE, GridRule, MinMax, Percentile
 from halfbyte.model import QModel
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
 from halfbyte.quantize import quantize
+from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.store import load, save
 from halfbyte.targets import find
 
 _log = logging.getLogger("halfbyte")
 MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
 UNPROVEN = "model.unproven.onnx"
-RULES: dict[str, GridRule] = {"mse": MSE(), "min-max": MinMax(), "percentile": Percentile()}
 Result = TypeVar("Result")
 
 
@@ -42,7 +41,7 @@ class Settings:
     """What ``halfbyte quantize`` was asked to do; it is stored in ``summary.json`` and must be the same to resume."""
 
     network: str
-    calibration: str
+    calibration: str | None  # None: no data at all
     output: str
     checkpoint: str | None = None
     target: str = "onnxruntime"
@@ -50,8 +49,10 @@ class Settings:
     samples: int = 256
     batch: int = 32
     seed: int = 0
-    activation_range: str = "mse"
-    weight_range: str = "mse"
+    recipe: str | None = None  # default: with data "default", without "dfq"
+    activation_range: str | None = None  # in place of the recipe's
+    weight_range: str | None = None
+    logit_range: str | None = None
     keep_float: tuple[str, ...] = ()
     ranges: tuple[str, ...] = ()
     container: Container = "packed"
@@ -154,6 +155,7 @@ def quantize_job(
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     target = find(settings.target, saturates=engine.saturates())
+    recipe = chosen_recipe(settings)
     stages = Stages(progress)
     m = _resumed(out, settings) if resume else None
     if m is None:
@@ -168,8 +170,7 @@ def quantize_job(
                 target=target,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
-                activations=RULES[settings.activation_range],
-                weights=RULES[settings.weight_range],
+                recipe=recipe,
                 overrides=dict.fromkeys(settings.keep_float),
                 ranges=ranges,
                 preprocess=preprocess,
@@ -185,6 +186,17 @@ def quantize_job(
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return _finish(out, settings, m, stages, command)
+
+
+def chosen_recipe(settings: Settings) -> Recipe:
+    """The recipe that the settings name, with their range rules in it."""
+    recipe = load_recipe(settings.recipe or ("dfq" if settings.calibration is None else "default"))
+    rules = {
+        "activations": settings.activation_range,
+        "weights": settings.weight_range,
+        "logits": settings.logit_range,
+    }
+    return recipe.changed("calibrate", **rules)
 
 
 def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
@@ -229,7 +241,11 @@ def _describe(
         m,
         network=settings.network,
         command=command,
-        configuration={**settings.to_dict(), "calibration_samples": m.calibrated},
+        configuration={
+            **settings.to_dict(),
+            "calibration_samples": m.calibrated,
+            "recipe": chosen_recipe(settings).to_dict(),
+        },
         seed=settings.seed,
         file=out / MODEL if parity is not None else None,
         parity=parity,

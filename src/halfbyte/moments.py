@@ -60,9 +60,14 @@ class Spread:
 
     def ends(self, deviations: float) -> tuple[Tensor, Tensor]:
         """The values so many deviations from the mean, within the limits."""
-        far = deviations * self.sigma
-        least = torch.minimum(torch.maximum(self.mu - far, self.low), self.high)
-        return least, torch.maximum(torch.minimum(self.mu + far, self.high), self.low)
+
+        def reach(mu: Tensor, sigma: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+            far = deviations * sigma
+            least = torch.minimum(torch.maximum(mu - far, low), high)
+            return least, torch.maximum(torch.minimum(mu + far, high), low)
+
+        least, greatest = _elementwise(reach, self.mu, self.sigma, self.low, self.high)
+        return least, greatest
 
     def to(self, device: torch.device) -> "Spread":
         """The same on another device."""
@@ -76,24 +81,29 @@ class Spread:
 
 def normal(mean: Tensor, std: Tensor) -> Spread:
     """A normal variable."""
-    end = torch.full_like(mean, float("inf"))
-    return Spread(mean, std, -end, end, mean, std.square())
+    end = torch.full((1,) * mean.ndim, math.inf, device=mean.device)
+    low, high = (-end).expand(mean.shape), end.expand(mean.shape)
+    return Spread(mean, std, low, high, mean, _compact(std).square().expand(std.shape))
 
 
 def matched(mean: Tensor, var: Tensor, low: Tensor, high: Tensor) -> Spread:
     """A variable of which only moments and ends are known."""
-    return Spread(mean, var.clamp(min=0).sqrt(), low, high, mean, var.clamp(min=0))
+    positive = _compact(var).clamp(min=0)
+    return Spread(mean, positive.sqrt().expand(var.shape), low, high, mean, positive.expand(var.shape))
 
 
 def clipped(s: Spread, low: Tensor | float, high: Tensor | float) -> Spread:
     """Behind a clamp: the moments of a normal variable cut off at both ends, in closed form."""
 
-    def cut(mu: Tensor, sigma: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    def cut(mu: Tensor, sigma: Tensor, a: Tensor, b: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
         lo, hi = torch.maximum(a, _tensor(low, a)), torch.minimum(b, _tensor(high, b))
         lo, hi = torch.minimum(lo, _tensor(high, lo)), torch.maximum(hi, _tensor(low, hi))
-        return (mu.expand_as(lo), sigma.expand_as(lo), lo, hi, *_cut_moments(mu, sigma, lo, hi))
+        cut_mean, cut_var = _cut_moments(mu, sigma, lo, hi)
+        narrower = (lo > a) | (hi < b)  # else what is known of the moments stays
+        moments = (torch.where(narrower, cut_mean, mean), torch.where(narrower, cut_var, var))
+        return (mu.expand_as(lo), sigma.expand_as(lo), lo, hi, *moments)
 
-    return Spread(*_elementwise(cut, s.mu, s.sigma, s.low, s.high))
+    return Spread(*_elementwise(cut, s.mu, s.sigma, s.low, s.high, s.mean, s.var))
 
 
 def _tensor(x: Tensor | float, like: Tensor) -> Tensor:
@@ -109,7 +119,7 @@ def _cut_moments(mu: Tensor, sigma: Tensor, low: Tensor, high: Tensor) -> tuple[
     ca, cb = torch.special.ndtr(za), torch.special.ndtr(-zb)
     inside = 1 - ca - cb
     # Moments about mu: what is cut off sits at the ends; an infinite end has no weight.
-    da, db = za * s, zb * s
+    da, db = (torch.where(torch.isfinite(end), end - m, torch.zeros_like(end - m)) for end in (a, b))
     first = da * ca + db * cb + s * (pa - pb)
     second = da.square() * ca + db.square() * cb + s.square() * (inside + za * pa - zb * pb)
     return (m + first).float(), (second - first.square()).clamp(min=0).float()
@@ -161,15 +171,22 @@ def unknown(shape: torch.Size, device: torch.device | None = None) -> Spread:
 
 def _added(a: Spread, b: Spread, sign: float) -> Spread:
     low, high = (b.low, b.high) if sign > 0 else (-b.high, -b.low)
-    return matched(a.mean + sign * b.mean, a.var + b.var, a.low + low, a.high + high)
+
+    def add(*t: Tensor) -> tuple[Tensor, ...]:
+        return t[0] + sign * t[4], t[1] + t[5], t[2] + t[6], t[3] + t[7]
+
+    return matched(*_elementwise(add, a.mean, a.var, a.low, a.high, b.mean, b.var, low, high))
 
 
 def _multiplied(a: Spread, b: Spread) -> Spread:
-    second = (a.var + a.mean.square()) * (b.var + b.mean.square())
-    mean = a.mean * b.mean
-    ends = [x * y for x in (a.least, a.greatest) for y in (b.least, b.greatest)]
-    corners = torch.stack(torch.broadcast_tensors(*ends))  # type: ignore[no-untyped-call]
-    return matched(mean, second - mean.square(), corners.amin(0), corners.amax(0))
+    def multiply(*t: Tensor) -> tuple[Tensor, ...]:
+        second = (t[1] + t[0].square()) * (t[5] + t[4].square())
+        mean = t[0] * t[4]
+        corners = torch.stack([x * y for x in t[2:4] for y in t[6:8]])
+        return mean, second - mean.square(), corners.amin(0), corners.amax(0)
+
+    ends = (a.mean, a.var, a.least, a.greatest, b.mean, b.var, b.least, b.greatest)
+    return matched(*_elementwise(multiply, *ends))
 
 
 def _constant(t: Tensor) -> Spread:

@@ -86,6 +86,16 @@ class Preprocess:
         return 1 if self.color == "gray" else 3
 
     @property
+    def statistics(self) -> list[tuple[float, float]]:
+        """Mean and std of each channel, on the 0..255 scale."""
+
+        def each(value: float | tuple[float, ...]) -> tuple[float, ...]:
+            values = value if isinstance(value, tuple) else (value,)
+            return values * self.channels if len(values) == 1 else values
+
+        return list(zip(each(self.mean), each(self.std), strict=True))
+
+    @property
     def short_side(self) -> int:
         """Length in pixels of the short side before the centre crop."""
         # Whole numbers: (x + 1/2) rounded down, so that no platform rounds a half the other way.

@@ -1,6 +1,5 @@
-"""The main job in one call: fold, place, calibrate."""
+"""The main job in one call: open the data, choose the recipe, follow it."""
 
-import itertools
 import logging
 import warnings
 from collections.abc import Mapping
@@ -8,29 +7,29 @@ from collections.abc import Mapping
 import torch
 
 from halfbyte import engine
-from halfbyte.calibrate import Progress, calibrate, silent
+from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
 from halfbyte.grids import GridRule
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.place import Overrides, place
+from halfbyte.place import Overrides
 from halfbyte.preprocess import Preprocess
+from halfbyte.recipe import Context, Recipe, follow, load_recipe
 from halfbyte.run import run
 from halfbyte.targets import find
-from halfbyte.transforms.equalize import equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")
 # How far the first batch norm's input may lie from what it was trained on, in its own standard deviations and as a ratio.
 _SHIFT, _SPREAD = 1.0, 3.0
-# So many samples tell the range of each channel well enough to equalize it.
-EQUALIZING = 64
+NO_DATA = "ranges from batch-norm statistics; 64 unlabelled images usually do better"
 
 
 def quantize(
     model: QModel,
-    data: Source,
+    data: Source | None = None,
     *,
     target: str | Target = "onnxruntime",
+    recipe: str | Recipe | None = None,
     weight_bits: int = 8,
     activation_bits: int = 8,
     activations: GridRule | None = None,
@@ -43,25 +42,42 @@ def quantize(
     seed: int = 0,
     progress: Progress = silent,
 ) -> QModel:
-    """Quantize a captured network after training, with unlabelled data.
+    """Quantize a captured network after training, with unlabelled data or with none.
 
     data: a folder of pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for
-    each input). target: engine by name; ``onnxruntime`` means the variant that is exact on this machine's CPU. activations,
-    weights: range rules (default: least squared error). overrides: value or glob -> format, None for float. ranges: value ->
-    (lowest, highest) by hand. samples, batch, seed: how much data, in what portions, chosen how. Returns a model that
-    ``predict`` simulates and ``export_onnx`` writes.
+    each input); None lets the batch norms stand for data. target: engine by name; ``onnxruntime`` means the variant that is
+    exact on this machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default:
+    ``default`` with data, ``dfq`` without). activations, weights: range rules in place of the recipe's. overrides: value or
+    glob -> format, None for float. ranges: value -> (lowest, highest) by hand. samples, batch, seed: how much data, in what
+    portions, chosen how. Returns a model that ``predict`` simulates and ``export_onnx`` writes.
     """
     where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
-    source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
-    m = fold_batchnorm(model)
-    m = m.logged(*implausible_inputs(m, next(iter(source), ())))
-    few = itertools.islice(iter(source), max(1, EQUALIZING // batch))
-    m = equalize(m, few, per_channel=where.per_channel, weight_bits=weight_bits, activation_bits=activation_bits)
-    m = place(m, where, weight_bits=weight_bits, activation_bits=activation_bits, overrides=overrides)
+    chosen = recipe or ("dfq" if data is None else "default")
+    followed = load_recipe(chosen) if isinstance(chosen, str) else chosen
+    source = None
+    if data is not None:
+        source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
+        m = model.logged(*implausible_inputs(fold_batchnorm(model), next(iter(source), ())))
+    else:
+        m = model.logged(LogEntry("quantize", None, f"no calibration data: {NO_DATA}"))
+    known = {**_input_range(model, preprocess), **(ranges or {})}
+    m = m.logged(LogEntry("quantize", None, f"recipe {followed.name}, version {followed.version}"))
     if where.narrow_products:
         reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"
         m = m.logged(LogEntry("quantize", None, f"target {where.name}: {reason}"))
-    return calibrate(m, source, activations=activations, weights=weights, overrides=ranges, progress=progress)
+    context = Context(
+        source, where, weight_bits, activation_bits, overrides or {}, known if data is None else ranges or {}, progress,
+        activations, weights,
+    )  # fmt: skip
+    return follow(followed, m, context)
+
+
+def _input_range(model: QModel, preprocess: Preprocess | None) -> dict[str, tuple[float, float]]:
+    """The range that pixels of 0..255 have behind the pre-processing, for a network of one input."""
+    if preprocess is None or len(model.inputs) != 1:
+        return {}
+    ends = [(pixel - mean) / std for pixel in (0.0, 255.0) for mean, std in preprocess.statistics]
+    return {value_name(model.inputs[0]): (min(ends), max(ends))}
 
 
 def load_samples(

@@ -43,7 +43,7 @@ _SWEEPS = 200
 # off on the one sample where it is.
 _FAR = 12.0
 _SHARPNESS = 32.0  # the power whose norm stands for a maximum
-_STEPS, _RATE, _SEARCH_EVERY = 80, 0.15, 4  # of the descent, in logarithms of factors
+_STEPS, _RATE, _SEARCH_EVERY = 24, 0.3, 6  # of the descent, in logarithms of factors
 
 
 def equalize(

@@ -1,0 +1,285 @@
+"""Recipes: which steps run, in which order, with which options, as data in TOML; and the guard that keeps the better model."""
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from halfbyte.calibrate import Progress, calibrate
+from halfbyte.correct import correct_bias
+from halfbyte.data import Samples
+from halfbyte.errors import UsageError
+from halfbyte.grids import RULES, GridRule
+from halfbyte.model import Inputs, LogEntry, QModel, Target
+from halfbyte.place import Overrides, place
+from halfbyte.run import run, simulate
+from halfbyte.transforms.absorb_bias import absorb_bias
+from halfbyte.transforms.equalize import equalize
+from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+
+Range = Literal["mse", "min-max", "percentile"]
+From = Literal["auto", "data", "moments"]
+# So many samples tell the channels of a network apart, and so many others which of two models is better.
+FEW, HELD_OUT = 64, 32
+_PORTION = 32  # samples run at a time
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of steps; each is a mapping with the key ``step`` and the step's options."""
+
+    name: str
+    description: str
+    steps: tuple[Mapping[str, Any], ...]
+    version: int = VERSION
+    source: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**vars(self), "steps": [dict(s) for s in self.steps]}
+
+    def changed(self, step: str, **options: Any) -> "Recipe":
+        """The same recipe with options of one step set where they are not None."""
+        given = {k: v for k, v in options.items() if v is not None}
+        return replace(self, steps=tuple({**s, **given} if s["step"] == step else s for s in self.steps))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What steps need to know besides the model."""
+
+    source: Samples | None
+    target: Target
+    weight_bits: int
+    activation_bits: int
+    overrides: Overrides
+    ranges: Mapping[str, tuple[float, float]]
+    progress: Progress
+    activations: GridRule | None = None  # rules given as objects go before the recipe's
+    weights: GridRule | None = None
+
+    def few(self) -> list[Inputs]:
+        """Some samples for steps that need only channel statistics, none of them held out."""
+        return [] if self.source is None else _taken(iter(self.source), FEW, skip=HELD_OUT)
+
+    def lazily(self) -> Iterator[Inputs]:
+        """The same, read only if somebody wants them."""
+        yield from self.few()
+
+    def held_out(self) -> list[Inputs]:
+        """Samples that decide between two models."""
+        return [] if self.source is None else _taken(iter(self.source), HELD_OUT)
+
+
+def _taken(batches: Iterable[Inputs], count: int, skip: int = 0) -> list[Inputs]:
+    """The samples from ``skip`` on, ``count`` of them if there are; of a small set, all of them."""
+    found: list[Inputs] = []
+    for batch in batches:
+        found.append(batch)
+        if sum(len(b[0]) for b in found) >= count + skip:
+            break
+    joined = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    if skip and len(joined[0]) > 2 * skip:
+        joined = tuple(t[skip:] for t in joined)
+    joined = tuple(t[:count] for t in joined)
+    return [tuple(t[i : i + _PORTION] for t in joined) for i in range(0, len(joined[0]), _PORTION)]
+
+
+def _equalize(
+    m: QModel,
+    c: Context,
+    *,
+    method: Literal["noise", "weights"] = "noise",
+    ranges: Literal["symmetric", "asymmetric"] = "symmetric",
+) -> QModel:
+    wide = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
+    few = None if c.source is None else c.lazily()
+    return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, **wide)
+
+
+def _absorb(m: QModel, c: Context) -> QModel:
+    return absorb_bias(m, None if m.moments else c.few() or None)
+
+
+def _place(m: QModel, c: Context) -> QModel:
+    bits = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
+    return place(m, c.target, overrides=c.overrides, **bits)
+
+
+def _calibrate(
+    m: QModel,
+    c: Context,
+    *,
+    weights: Range = "mse",
+    activations: Range = "mse",
+    logits: Literal["same", "cross-entropy"] = "same",
+    source: From = "auto",
+    correct: bool = True,
+) -> QModel:
+    data = None if source == "moments" else c.source
+    if source == "data" and data is None:
+        raise UsageError('this recipe calibrates from = "data": give --calibration')
+    rule = RULES[activations] if data is not None or activations != "mse" else RULES["min-max"]
+    return calibrate(
+        m,
+        data,
+        activations=c.activations or rule,
+        weights=c.weights or RULES[weights],
+        overrides={
+            n: r for n, r in c.ranges.items() if m.plan.get(n) is not None or n not in {str(i.target) for i in m.inputs}
+        },
+        logits=logits,
+        correct=correct,
+        progress=c.progress,
+    )
+
+
+def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
+    if source == "data" and c.source is None:
+        raise UsageError('this recipe corrects biases from = "data": give --calibration')
+    data = None if source == "moments" else c.few() or None
+    return correct_bias(m, data, ranges=c.ranges)
+
+
+Step = Callable[..., QModel]
+STEPS: dict[str, Step] = {
+    "fold_batchnorm": lambda m, c: fold_batchnorm(m),
+    "equalize": _equalize,
+    "absorb_bias": _absorb,
+    "place": _place,
+    "calibrate": _calibrate,
+    "correct_bias": _correct,
+}
+_PYTHON = {"from": "source"}  # a word that TOML has and Python keeps for itself
+
+
+def names() -> list[str]:
+    """The recipes that come with Halfbyte."""
+    return sorted(p.name.removesuffix(".toml") for p in _folder().iterdir() if p.name.endswith(".toml"))
+
+
+def _folder() -> Any:
+    return resources.files("halfbyte") / "recipes"
+
+
+def text(name: str) -> str:
+    """A recipe's TOML, by name or from a file. Raises :class:`UsageError`."""
+    if name in names():
+        return str((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    path = Path(name)
+    if path.suffix != ".toml" and not path.is_file():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean '{near[0]}'?" if near else "recipes are " + ", ".join(names())
+        raise UsageError(f"there is no recipe '{name}': {hint} (or give a .toml file)")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe '{name}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name or from a ``.toml`` file, checked. Raises :class:`UsageError` that names what is wrong."""
+    try:
+        values = tomllib.loads(text(name))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the recipe '{name}' is not valid TOML: {error}") from error
+    return parse(values, name)
+
+
+def parse(values: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from the values of its file."""
+    _check_keys(values, ["name", "version", "description", "source", "steps"], f"recipe '{where}'")
+    if values.get("version") != VERSION:
+        raise UsageError(
+            f"recipe '{where}' has version {values.get('version')!r}: this Halfbyte reads version {VERSION}"
+        )
+    steps = values.get("steps")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, Mapping) and "step" in s for s in steps):
+        raise UsageError(f"recipe '{where}' needs [[steps]], each with step = one of {', '.join(STEPS)}")
+    for i, step in enumerate(steps, 1):
+        _check_step(step, f"recipe '{where}', step {i}")
+    described = {k: str(values.get(k, "")) for k in ("description", "source")}
+    return Recipe(str(values.get("name", where)), steps=tuple(dict(s) for s in steps), version=VERSION, **described)
+
+
+def _check_keys(values: Mapping[str, Any], valid: list[str], where: str) -> None:
+    for key in values:
+        if key not in valid:
+            near = difflib.get_close_matches(str(key), valid, 1, 0.0)[0]
+            raise UsageError(f"{where}: unknown key '{key}'; did you mean '{near}'? (valid: {', '.join(valid)})")
+
+
+def _options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a step as its TOML has them."""
+    parameters = inspect.signature(STEPS[name]).parameters.values()
+    python = {v: k for k, v in _PYTHON.items()}
+    return {python.get(p.name, p.name): p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _check_step(step: Mapping[str, Any], where: str) -> None:
+    name = step["step"]
+    if name not in STEPS:
+        near = difflib.get_close_matches(str(name), list(STEPS), 1, 0.0)[0]
+        raise UsageError(f"{where}: there is no step '{name}'; did you mean '{near}'? (valid: {', '.join(STEPS)})")
+    options = _options(name)
+    _check_keys(step, ["step", "guard", *options], f"{where} ({name})")
+    for key, value in step.items():
+        if key == "step":
+            continue
+        kind = bool if key == "guard" else options[key].annotation
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UsageError(
+                f"{where} ({name}): {key} = {value!r} is not one of {', '.join(map(repr, get_args(kind)))}"
+            )
+        if kind is bool and not isinstance(value, bool):
+            raise UsageError(f"{where} ({name}): {key} = {value!r} is not true or false")
+
+
+def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:
+    """Run the steps. A guarded step is undone if a held-out part of the data says that it made the model worse."""
+    placed = False
+    for step in recipe.steps:
+        name = step["step"]
+        placed = placed or name == "place"
+        options = {_PYTHON.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
+        after = STEPS[name](m, c, **options)
+        m = _guarded(name, m, after, c, placed) if step.get("guard") and c.source is not None else after
+    if not m.grids:
+        raise UsageError(
+            f"recipe '{recipe.name}' leaves the model without grids: it needs the steps place and calibrate"
+        )
+    return m
+
+
+def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:
+    held_out = c.held_out()
+    figures = [error(v if placed else _finished(v, c), held_out) for v in (before, after)]
+    shown = f"{figures[0]:.4g} before, {figures[1]:.4g} after"
+    if figures[1] <= figures[0]:
+        return after.logged(LogEntry(name, None, f"kept: noise-to-signal at the outputs on held-out samples {shown}"))
+    return before.logged(LogEntry(name, None, f"undone: noise-to-signal at the outputs on held-out samples {shown}"))
+
+
+def _finished(m: QModel, c: Context) -> QModel:
+    """A quick quantization, to judge float transforms by."""
+    return calibrate(_place(m, c), c.few(), overrides={})
+
+
+@torch.no_grad()
+def error(m: QModel, data: list[Inputs]) -> float:
+    """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs."""
+    noise: dict[int, float] = {}
+    signal: dict[int, float] = {}
+    reference, tap = m.as_float(), simulate(m)
+    for batch in data:
+        for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
+            noise[i] = noise.get(i, 0.0) + float((a - b).double().square().sum())
+            signal[i] = signal.get(i, 0.0) + float((a - a.mean()).double().square().sum())
+    return sum(noise[i] / max(signal[i], 1e-30) for i in noise) / max(1, len(noise))
