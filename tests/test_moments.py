@@ -268,3 +268,17 @@ def test_synthetic_inputs_fill_the_range_and_repeat() -> None:
     assert first.shape[1:] == (3, 8, 8)
     assert float(first.min()) >= -1.0 - 1e-5 and float(first.max()) <= 2.0 + 1e-5
     assert float(first.max() - first.min()) > 1.5
+
+
+def test_limits_far_away_from_the_mean_are_where_all_values_lie() -> None:
+    """Dead channels: hardly any spread, and a mean on the wrong side of the limit."""
+    for mean, std, expected in ((-3.0, 1e-8, 0.0), (-100.0, 1.0, 0.0), (50.0, 1.0, 6.0), (-3.0, 0.0, 0.0)):
+        s = clipped(normal(torch.full((1, 1), mean), torch.full((1, 1), std)), 0.0, 6.0)
+        assert float(s.mean) == pytest.approx(expected, abs=1e-5)
+
+
+def test_limits_that_cut_nothing_leave_the_moments() -> None:
+    one = clipped(normal(torch.zeros(1, 1), torch.ones(1, 1)), 0.0, float("inf"))
+    again = clipped(one, 0.0, float("inf"))
+    assert float(again.mean) == float(one.mean)
+    assert float(again.var) == float(one.var)

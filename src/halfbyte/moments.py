@@ -240,16 +240,16 @@ class _Propagation:
         return _unknown_like(node, args, kwargs)
 
     def _layer(self, node: fx.Node, args: tuple[Any, ...], moments: Moments | None) -> Spread:
-        x, weight, bias = args[0], args[1], args[2]
+        x, weight, bias, *rest = (*args, None)[: max(3, len(args))]
         if moments is not None:
             shape = _call_on(node, args, lambda s: s.mean).shape
             along = [1] * len(shape)
             along[-1 if node.target is LINEAR else 1] = -1
             return normal(*(t.to(weight).reshape(along).expand(shape) for t in (moments.mean, moments.std)))
-        mean = node.target(x.mean, weight, bias, *args[3:])  # type: ignore[operator]
-        var = node.target(x.var, weight.square(), None, *args[3:])  # type: ignore[operator]
+        mean = node.target(x.mean, weight, bias, *rest)  # type: ignore[operator]
+        var = node.target(x.var, weight.square(), None, *rest)  # type: ignore[operator]
         # What a layer without batch norm reads is neither independent nor moves as one: the ends lie between both cases.
-        together = node.target(x.var.sqrt(), weight.abs(), None, *args[3:])  # type: ignore[operator]
+        together = node.target(x.var.sqrt(), weight.abs(), None, *rest)  # type: ignore[operator]
         std = var.clamp(min=0).sqrt()
         found = normal(mean, (std * together).clamp(min=0).sqrt())
         return replace(found, var=var.clamp(min=0))

@@ -260,7 +260,7 @@ def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:
 
 def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:
     held_out = c.held_out()
-    figures = [error(v if placed else _finished(v, c), held_out) for v in (before, after)]
+    figures = [error(v if placed else _finished(v, c), held_out, before.as_float()) for v in (before, after)]
     shown = f"{figures[0]:.4g} before, {figures[1]:.4g} after"
     if figures[1] <= figures[0]:
         return after.logged(LogEntry(name, None, f"kept: noise-to-signal at the outputs on held-out samples {shown}"))
@@ -273,11 +273,11 @@ def _finished(m: QModel, c: Context) -> QModel:
 
 
 @torch.no_grad()
-def error(m: QModel, data: list[Inputs]) -> float:
+def error(m: QModel, data: list[Inputs], reference: QModel) -> float:
     """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs."""
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
-    reference, tap = m.as_float(), simulate(m)
+    tap = simulate(m)
     for batch in data:
         for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
             noise[i] = noise.get(i, 0.0) + float((a - b).double().square().sum())
