@@ -42,6 +42,8 @@ _SWEEPS = 200
 # Real values have heavier tails than normal ones: a channel that was scaled up because it is hardly ever active must not be cut
 # off on the one sample where it is.
 _FAR = 12.0
+# A few samples cannot say that a channel is always smaller than this share of the largest.
+_UNSEEN = 16.0
 _SHARPNESS = 32.0  # the power whose norm stands for a maximum
 _STEPS, _RATE, _SEARCH_EVERY = 24, 0.3, 6  # of the descent, in logarithms of factors
 
@@ -165,7 +167,18 @@ def _measured(m: QModel, data: Iterable[Inputs], axes: dict[str, int]) -> dict[s
 
     for batch in data:
         run(m.as_float(), batch, tap)
-    return {n: (*seen[:2], *(t / count[n] for t in seen[2:])) for n, seen in found.items()}  # type: ignore[misc]
+    measured = {}
+    for name, (low, high, *sums) in found.items():
+        mean, power, active = (t / count[name] for t in sums)
+        floor = torch.maximum(high, -low).max() / _UNSEEN
+        measured[name] = (
+            torch.minimum(low, -floor * (low < 0)),
+            torch.maximum(high, floor * (high > 0)),
+            mean,
+            power,
+            active,
+        )
+    return measured
 
 
 class _Side:
@@ -274,7 +287,9 @@ def _for_noise(
     def noise(logs: dict[Pair, Tensor]) -> Tensor:
         s = {p: t.exp() for p, t in logs.items()}
         each = [torch.stack([side.noise(s, per_channel, steps) for side in chain]).sum() for chain in chains]
-        return torch.stack(each).log().mean()  # chains are independent; by logarithms one rate suits all
+        return (
+            torch.stack(each).clamp(min=1e-30).log().mean()
+        )  # chains are independent; by logarithms one rate suits all
 
     def searched_again() -> None:
         for chain in chains:
