@@ -38,7 +38,7 @@ Method = Literal["noise", "weights"]
 Ranges = Literal["symmetric", "asymmetric"]
 _LARGEST = 2.0**10  # beyond it the weights would vanish in float16 engines
 _SETTLED = 1e-4  # a sweep that changes no factor by more has converged
-_SWEEPS = 200
+_SWEEPS, _START = 200, 15  # the fewer are enough for a start
 # Real values have heavier tails than normal ones: a channel that was scaled up because it is hardly ever active must not be cut
 # off on the one sample where it is.
 _FAR = 12.0
@@ -86,7 +86,7 @@ def equalize(
     return _applied(m, found, factors).logged(*log)
 
 
-def _for_weights(m: QModel, found: list[Pair], ranges: Ranges) -> dict[str, Tensor]:
+def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
     """Factors, [channels] by the first layer's name: sweeps over all pairs until nothing changes, so that chains are solved
     jointly (in a chain through a depthwise layer all three ranges become their geometric mean).
     """
@@ -95,7 +95,7 @@ def _for_weights(m: QModel, found: list[Pair], ranges: Ranges) -> dict[str, Tens
     for layer in {p.first for p in found} | {p.second for p in found}:
         spans[layer] = values[str(weight_of(layer).target)].float()  # type: ignore[union-attr]
     total = {value_name(p.first): torch.ones(outputs(p.first), device=spans[p.first].device) for p in found}
-    for _ in range(_SWEEPS):
+    for _ in range(sweeps):
         largest = 0.0
         for pair in found:
             first, second = blocks(pair.first, spans[pair.first]), blocks(pair.second, spans[pair.second])
@@ -279,7 +279,7 @@ def _for_noise(
     if data is not None and not axes.keys() <= expected.keys():
         expected = {**_measured(m, data, axes), **expected}
     usable, chains = _chains(m, found, expected)
-    published = {} if per_channel else _for_weights(m, found, "symmetric")
+    published = {} if per_channel else _for_weights(m, found, "symmetric", _START)
     if not usable:
         return published, []
     steps = (1 / (12 * (2.0 ** (bits[0] - 1) - 1) ** 2), 1 / (12 * (2.0 ** bits[1] - 1) ** 2))
