@@ -93,11 +93,12 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
 
 def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """The nearest representable real values; gradients to ``x`` and to ``grid.scale`` as in arXiv 2106.08295, section 4.1."""
-    single = grid.scale.ndim == grid.lo.ndim == grid.hi.ndim == 0
-    if single and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
-        scale, zero = grid.scale.to(x.dtype), int(grid.zero)  # the same arithmetic on one buffer, for speed
-        codes = (x / scale).round_().add_(zero).clamp_(int(grid.lo), int(grid.hi))
-        return codes.sub_(zero).mul_(scale)
+    shared = grid.scale.ndim == grid.zero.ndim == 0 and max(grid.lo.ndim, grid.hi.ndim) < max(1, x.ndim)
+    if shared and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
+        zero = int(grid.zero)  # the same arithmetic on one buffer, for speed
+        y = (x / grid.scale.to(x.dtype)).round_().add_(zero)
+        y = y.clamp_(int(grid.lo), int(grid.hi)) if grid.lo.ndim == grid.hi.ndim == 0 else y.clamp_(grid.lo, grid.hi)
+        return y.sub_(zero).mul_(grid.scale)
     return dequantize(quantize(x, grid), grid)
 
 

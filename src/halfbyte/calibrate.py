@@ -34,7 +34,7 @@ from halfbyte.stats import Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
 # A bias this close to the end of int32 leaves no room for the products that are added to it.
-_BIAS_LIMIT = 2**30
+BIAS_LIMIT = 2**30
 # So many samples stay with the model: the exported file is proven on them.
 PROOF_SAMPLES = 16
 # Rows of logits kept for the cross-entropy range.
@@ -241,7 +241,7 @@ def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict
     return found
 
 
-def _saturates(layer: fx.Node, target: Target) -> bool:
+def saturates(layer: fx.Node, target: Target) -> bool:
     """Depthwise kernels multiply in 16 and add in 32 bits; all others add pairs of products in 16 where VNNI is missing."""
     return target.narrow_products and not is_depthwise(layer)
 
@@ -265,7 +265,7 @@ def _parameter_grids(m: QModel, rule: GridRule, inputs: InputMoments) -> dict[st
             if seen is not None:
                 parts = blocks(layer, values)
                 power = unblocks(layer, per_input(layer, seen.power).expand_as(parts), values.shape)
-            found[value_name(node)] = rule.weight(values, form, _saturates(layer, m.target), power)
+            found[value_name(node)] = rule.weight(values, form, saturates(layer, m.target), power)
     return found
 
 
@@ -326,7 +326,7 @@ def _room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], 
         if grid is None or at not in grids or grid.group is not None:
             continue
         b = parameters[str(bias.target)].abs().float()
-        floor = b / (_BIAS_LIMIT * grids[at].scale)
+        floor = b / (BIAS_LIMIT * grids[at].scale)
         floor = floor.max() if grid.axis is None else floor
         raised = torch.maximum(grid.scale, floor)
         count = int((raised > grid.scale).sum())

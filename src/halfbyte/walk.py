@@ -16,10 +16,11 @@ from halfbyte.affine import fake_quantize
 from halfbyte.errors import DataError
 from halfbyte.graph import layers
 from halfbyte.model import Inputs, QModel, value_name
+from halfbyte.ops import Kind, kind
 from halfbyte.run import last_uses
 
 Frontier = Sequence[Tensor]
-# model so far, layer, the layer's input in the quantized network and its output in the float one, batch by batch -> model
+# model so far, layer, the layer's input in the quantized network and what it should put out, batch by batch -> model
 Visit = Callable[[QModel, fx.Node, Frontier, Frontier], QModel]
 # Progress: layers visited, layers in all, name of the layer.
 Visited = Callable[[int, int, str], None]
@@ -68,13 +69,15 @@ def walk(
     visit: Visit,
     *,
     quantized_inputs: bool = True,
+    residual: bool = False,
     budget: int | None = None,
     progress: Visited | None = None,
 ) -> QModel:
     """Let ``visit`` see, and change, one layer after another.
 
     quantized_inputs: each layer sees what the network so far, quantized and changed, gives it; else what the float network
-    does. budget: bytes of running values to hold in memory. Parameters that ``visit`` puts in ``tuned`` count from its layer
+    does. residual: where an addition alone reads a layer, the layer should also make up for what the addition's other operand is
+    off; else it should put out what it does in float. budget: bytes of running values to hold in memory. Parameters that ``visit`` puts in ``tuned`` count from its layer
     on. Returns what the last visit returned. Raises :class:`DataError` if there are no data.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,14 @@ def walk(
             if layer is not None:
                 outputs = [reference.evaluate(m.params, layer, i, None) for i in range(len(batches))]
                 seen = stream if quantized_inputs else reference
-                m = visit(m, layer, [env[layer.args[0]] for env in seen.values], outputs)  # type: ignore[index]
+                other = _other_operand(layer, stream) if residual and quantized_inputs else None
+                wanted = outputs
+                if other is not None:
+                    wanted = [
+                        y + r[other] - q[other] for y, r, q in zip(outputs, reference.values, stream.values, strict=True)
+                    ]
+                m = visit(m, layer, [env[layer.args[0]] for env in seen.values], wanted)  # type: ignore[index]
+                del wanted
             remembered: dict[str, Tensor] = {}
             for i, batch in enumerate(batches):
                 reference.advance(m.params, nodes, i, batch, None, remembered, outputs[i] if outputs else None)
@@ -101,6 +111,18 @@ def walk(
             if layer is not None and progress is not None:
                 progress(done, len(segments) - 1, value_name(layer))
     return m
+
+
+def _other_operand(layer: fx.Node, stream: "_Stream") -> fx.Node | None:
+    """What an addition that alone reads the layer adds to it, if that is of the same shape and has been computed already."""
+    if len(layer.users) != 1:
+        return None
+    (reader,) = layer.users
+    others = [n for n in reader.all_input_nodes if n is not layer]
+    if kind(reader) is not Kind.ADD or len(others) != 1 or others[0] not in stream.values[0]:
+        return None
+    same = others[0].meta["shape"][1:] == layer.meta["shape"][1:]
+    return others[0] if same and others[0].op != "get_attr" else None
 
 
 class _Stream:

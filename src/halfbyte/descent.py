@@ -1,0 +1,305 @@
+"""The layer solver: weights on a grid that minimise the local loss, by descent over the integers.
+
+For patches x_hat that the quantized network gives a layer and outputs y that the float network expects of it,
+
+    E || y - W_hat x_hat - b ||^2 = tr[(W_hat - W*) G (W_hat - W*)^T] + const,   W* = (E[y x_hat^T] + d W)(G + d I)^-1,
+
+with G the covariance of x_hat and b the difference of the means. W* makes up for the errors of the layers before as far as x_hat
+tells them; the damping d says how far the samples are trusted, and is chosen on samples that were held out. Rounding W* is the
+quadratic problem of AdaRound (arXiv 2004.10568, equation 13). A greedy pass rounds one input after another and lets the rest
+make up for it (arXiv 2208.07339, arXiv 2210.17323); cyclic descent over the integers then improves every code in turn, all
+outputs at once, until none moves; and the scales follow in closed form.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.affine import Grid, fake_quantize, quantize
+from halfbyte.formats import Format
+from halfbyte.graph import blocks, unblocks
+from halfbyte.grids import MSE, shaped
+from halfbyte.local import Problem, Solution
+from halfbyte.second_moments import Accumulator, SecondMoments, gathered
+
+_BLOCK = 64  # columns between two updates of all other columns
+_LEAST_ROWS = 8192
+_SETTLED = 1e-3  # a sweep that moves no larger share of the codes was the last
+Rounding = Literal["free", "adjacent"]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Descent over the integers, the default below eight bits.
+
+    rows: patches gathered for each input of a layer (8192 at least). damping: shares of G's mean diagonal to choose from on
+    held-out samples; besides them W* = W, which ignores the input error. rounding: ``free`` moves codes anywhere on the grid,
+    ``adjacent`` only to the two neighbours of W* / s. scales: factors on the scale of least squared error to start from.
+    sweeps: at most so many passes over the inputs.
+    """
+
+    rows: float = 6.0
+    damping: tuple[float, ...] = (0.003, 0.03, 0.3)
+    rounding: Rounding = "free"
+    scales: tuple[float, ...] = (0.9, 1.0)
+    sweeps: int = 2
+    rounds: int = 2
+    name: str = "descent"
+
+    @torch.no_grad()
+    def solve(self, p: Problem) -> Solution:
+        """The layer's weight and bias, on a grid."""
+        layer, w = p.layer, p.weight
+        parts = blocks(layer, w).flatten(2)  # [groups, outputs, inputs and taps]
+        wanted = max(_LEAST_ROWS, int(self.rows * parts.shape[2]))
+        sums = Accumulator()
+        for patches in gathered(layer, p.inputs, p.targets, wanted, p.generator()):
+            sums.add(patches)
+        moments = sums.moments(centred=p.bias is not None)
+        damping, best = self._damped(p, moments, parts)
+        gram = damped(moments.gram, damping)
+        target = unblocks(layer, best.reshape(blocks(layer, w).shape), w.shape)
+        power = unblocks(
+            layer, gram.diagonal(dim1=1, dim2=2)[:, None].expand_as(best).reshape(blocks(layer, w).shape), w.shape
+        )
+        start = MSE().weight(target, p.form, p.pairs, power)
+        if p.floor is not None and start.group is None:
+            start = replace(start, scale=torch.maximum(start.scale, p.floor))
+        if p.pairs and p.form.bits == 8:  # the limits that keep pairs from saturating hold for nearest rounding
+            rounded, grid = fake_quantize(target, start), start
+        else:
+            rounded, grid = self._rounded(p, target, best, gram, start)
+        bias = None
+        if p.bias is not None:
+            found = blocks(layer, rounded).flatten(2)
+            bias = (moments.y_mean - (found @ moments.x_mean[:, :, None])[:, :, 0]).flatten().to(p.bias)
+        return Solution(rounded, grid, bias, f"damping {damping:g}")
+
+    def _damped(self, p: Problem, moments: SecondMoments, w: Tensor) -> tuple[float, Tensor]:
+        """The damping whose W* does best on held-out samples, and W* (without rounding)."""
+        best, least, chosen = w, p.held_out_loss(w, _mean_bias(p, moments, w)), float("inf")
+        for d in self.damping:
+            found = corrected(moments, w, d)
+            loss = p.held_out_loss(found, _mean_bias(p, moments, found))
+            if loss < least:
+                best, least, chosen = found, loss, d
+        return (max(self.damping) if chosen == float("inf") else chosen), best
+
+    def _rounded(self, p: Problem, target: Tensor, best: Tensor, gram: Tensor, start: Grid) -> tuple[Tensor, Grid]:
+        """Codes and scales of least loss, from several starts."""
+        rows = _Rows(p, best, gram, start, target)
+        rows.begin(self.scales, self.rounding)
+        for _ in range(self.rounds):
+            rows.descend(self.sweeps, self.rounding)
+            rows.refit()
+        rows.descend(self.sweeps, self.rounding)
+        return rows.result(target)
+
+
+def _mean_bias(p: Problem, moments: SecondMoments, w: Tensor) -> Tensor | None:
+    """The bias [groups, outputs] that takes up the mean error of a weight."""
+    return None if p.bias is None else moments.y_mean - (w @ moments.x_mean[:, :, None])[:, :, 0]
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """G + d I, d as a share of the mean diagonal; a dead input gets a neutral diagonal."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    level = diagonal.mean(1)
+    level = torch.where(level > 0, level, torch.ones_like(level))
+    return gram + torch.diag_embed((damping * level)[:, None].expand_as(diagonal))
+
+
+def corrected(moments: SecondMoments, w: Tensor, damping: float) -> Tensor:
+    """W*, [groups, outputs, K]: the least squares solution that is drawn to W where the samples say little."""
+    gram = damped(moments.gram, damping)
+    step = gram.diagonal(dim1=1, dim2=2) - moments.gram.diagonal(dim1=1, dim2=2)
+    right = (moments.cross + w * step[:, None]).transpose(1, 2)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if bool((failed > 0).any()):
+        return torch.linalg.solve(gram.double(), right.double()).transpose(1, 2).to(w)
+    return torch.cholesky_solve(right, factor).transpose(1, 2).contiguous()
+
+
+class _Rows:
+    """Codes of all outputs on the way to the least loss. Everything is [groups, K, outputs]: a column's codes lie together."""
+
+    def __init__(self, p: Problem, best: Tensor, gram: Tensor, start: Grid, like: Tensor) -> None:
+        self.p, self.gram, self.start = p, gram, start
+        self.target = best.transpose(1, 2).contiguous()
+        self.diagonal = gram.diagonal(dim1=1, dim2=2)
+        self.scale, zero, lo, hi = (self._spread(t, like) for t in (start.scale, start.zero, start.lo, start.hi))
+        self.lo, self.hi = (lo - zero).float(), (hi - zero).float()
+        self.codes = torch.zeros_like(self.target)
+        if p.form.group is not None:
+            self.parts = -(-self.target.shape[1] // p.form.group)
+        else:
+            self.parts = 1
+
+    def _spread(self, t: Tensor, like: Tensor) -> Tensor:
+        """A grid's numbers as [groups, K or 1, outputs]."""
+        g, k, o = self.target.shape
+        if t.ndim == 2:
+            each = t.repeat_interleave(self.start.group or 1, 1)[:, :k]
+            return each.reshape(g, o, k).transpose(1, 2).contiguous()
+        if t.ndim == 1:
+            return t.reshape(g, 1, o)
+        return t.reshape(1, 1, 1).expand(g, 1, o).contiguous()
+
+    def limits(self, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        """The least and largest code that each weight may take, [groups, K, outputs]."""
+        if rounding == "free":
+            return self.lo.expand_as(self.target), self.hi.expand_as(self.target)
+        down = torch.floor(self.target / self.scale)
+        return down.clamp(self.lo, self.hi), (down + 1).clamp(self.lo, self.hi)
+
+    def begin(self, factors: tuple[float, ...], rounding: Rounding) -> None:
+        """From every factor on the scale, nearest rounding and the greedy pass; each output keeps the best."""
+        inverse = _inverse_factor(self.gram)
+        scale, best = self.scale, torch.full_like(self.losses(), float("inf"))
+        tried = []
+        shared = self.start.axis is None  # one scale for all outputs: the best in sum, not the best of each
+        for factor in factors:
+            self.scale = scale * factor if self.p.floor is None else torch.maximum(scale * factor, self._floor())
+            for codes in (self._nearest(rounding), self._greedy(inverse, rounding)):
+                self.codes = codes
+                tried.append((self.losses(), self.scale, codes))
+        if shared:
+            _, self.scale, self.codes = min(tried, key=lambda t: float(t[0].sum()))
+            return
+        kept_scale, kept = scale.clone(), torch.zeros_like(self.target)
+        for losses, at, codes in tried:
+            better = (losses < best)[:, None]
+            best = torch.minimum(best, losses)
+            kept_scale = torch.where(better.expand_as(at), at, kept_scale)
+            kept = torch.where(better, codes, kept)
+        self.scale, self.codes = kept_scale, kept
+
+    def _floor(self) -> Tensor:
+        """The least scale for which the bias fits int32."""
+        floor = self.p.floor
+        assert floor is not None
+        return floor.reshape(self.target.shape[0], 1, -1) if floor.ndim else floor.reshape(1, 1, 1)
+
+    def _nearest(self, rounding: Rounding) -> Tensor:
+        return torch.round(self.target / self.scale).clamp(*self.limits(rounding))
+
+    def _greedy(self, inverse: Tensor, rounding: Rounding) -> Tensor:
+        """Round one input after another; those that follow make up for its error (GPTQ's order and blocks)."""
+        left, codes = self.target.clone(), torch.empty_like(self.target)
+        columns, chosen, scales = left.unbind(1), codes.unbind(1), self._columns(self.scale)
+        lows, highs = (self._columns(t) for t in self.limits(rounding))
+        pivots = inverse.diagonal(dim1=1, dim2=2).reciprocal().unbind(1)
+        k = left.shape[1]
+        for begin in range(0, k, _BLOCK):
+            end = min(k, begin + _BLOCK)
+            errors = torch.empty_like(left[:, begin:end])
+            for i in range(begin, end):
+                torch.div(columns[i], scales[i], out=chosen[i])
+                chosen[i].round_().clamp_(lows[i], highs[i])
+                error = torch.addcmul(columns[i], chosen[i], scales[i], value=-1).mul_(pivots[i][:, None])
+                errors[:, i - begin] = error
+                if i + 1 < end:
+                    left[:, i + 1 : end].baddbmm_(inverse[:, i, i + 1 : end, None], error[:, None], alpha=-1)
+            if end < k:
+                left[:, end:].baddbmm_(inverse[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
+        return codes
+
+    def _columns(self, t: Tensor) -> list[Tensor]:
+        """Each input's numbers, [groups, outputs]; the same for all where one number holds for all inputs."""
+        return list(t.unbind(1)) if t.shape[1] > 1 else [t[:, 0]] * self.target.shape[1]
+
+    def residual(self) -> Tensor:
+        """G (s q - W*), [groups, K, outputs]."""
+        return self.gram @ (self.codes * self.scale - self.target)
+
+    def losses(self) -> Tensor:
+        """The local loss of each output, [groups, outputs], less its constant."""
+        return ((self.codes * self.scale - self.target) * self.residual()).sum(1)
+
+    def descend(self, sweeps: int, rounding: Rounding) -> None:
+        """Give every code in turn its best value while the others stay; until hardly any moves."""
+        residual, k = self.residual(), self.codes.shape[1]
+        rate = (self.scale * self.diagonal[:, :, None]).reciprocal().unbind(1)
+        lows, highs = (self._columns(t) for t in self.limits(rounding))
+        codes, scales = self.codes.unbind(1), self._columns(self.scale)
+        for _ in range(sweeps):
+            moved = 0
+            for begin in range(0, k, _BLOCK):
+                end = min(k, begin + _BLOCK)
+                square = self.gram[:, begin:end, begin:end]
+                part, before = residual[:, begin:end].clone(), self.codes[:, begin:end].clone()
+                rows = part.unbind(1)
+                for i in range(begin, end):
+                    new = torch.addcmul(codes[i], rows[i - begin], rate[i], value=-1).round_().clamp_(lows[i], highs[i])
+                    step = torch.sub(new, codes[i]).mul_(scales[i])
+                    codes[i].copy_(new)
+                    part.baddbmm_(square[:, :, i - begin, None], step[:, None])
+                change = self.codes[:, begin:end] - before
+                count = int(change.count_nonzero())
+                if count:
+                    scale = self.scale[:, begin:end] if self.scale.shape[1] > 1 else self.scale
+                    residual.baddbmm_(self.gram[:, :, begin:end], change * scale)
+                moved += count
+            if moved <= _SETTLED * self.codes.numel():
+                return
+
+    def refit(self) -> None:
+        """The best scale for the codes as they are: ``<W* G, Q> / <Q G, Q>``, group after group where there are groups."""
+        if self.p.form.power_of_two:
+            return
+        if self.scale.shape[1] == 1:
+            weighted = self.gram @ self.codes
+            above, below = (self.target * weighted).sum(1, keepdim=True), (self.codes * weighted).sum(1, keepdim=True)
+            if self.start.axis is None:
+                above, below = above.sum().expand_as(above), below.sum().expand_as(below)
+            fits = (below > 0) & (above > 0)
+            scale = torch.where(fits, above / below.clamp(min=1e-30), self.scale)
+            self.scale = scale if self.p.floor is None else torch.maximum(scale, self._floor())
+            return
+        width = self.p.form.group or 1
+        residual = self.residual()
+        for begin in range(0, self.codes.shape[1], width):
+            part = slice(begin, begin + width)
+            q = self.codes[:, part]
+            below = (q * (self.gram[:, part, part] @ q)).sum(1, keepdim=True)
+            step = torch.where(below > 0, -(residual[:, part] * q).sum(1, keepdim=True) / below.clamp(min=1e-30), 0.0)
+            old = self.scale[:, part]
+            new = torch.where(old + step > 0.25 * old, old + step, old)
+            residual += self.gram[:, :, part] @ ((new - old) * q)
+            self.scale = torch.cat([self.scale[:, :begin], new, self.scale[:, begin + width :]], 1)
+
+    def result(self, like: Tensor) -> tuple[Tensor, Grid]:
+        """The weight in its own shape, exactly on the grid."""
+        form, layer = self.p.form, self.p.layer
+        if self.scale.shape[1] > 1:
+            scale = self.scale.transpose(1, 2).reshape(like.shape[0], -1)[:, :: form.group or 1].contiguous()
+        elif form.axis is None:
+            scale = self.scale.flatten()[0]
+        else:
+            scale = shaped(self.scale.flatten(), like, form)
+        grid = replace(self.start, scale=scale)
+        parts = (self.codes * self.scale).transpose(1, 2)
+        found = unblocks(layer, parts.reshape(blocks(layer, like).shape), like.shape).contiguous()
+        return fake_quantize(found, grid), grid
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor of G^-1, [groups, K, K]: the inverse of the factor of G with rows and columns reversed."""
+    lower, failed = torch.linalg.cholesky_ex(gram.flip(1, 2))
+    if bool((failed > 0).any()):
+        lower = torch.linalg.cholesky(damped(gram, 0.01).flip(1, 2).double()).to(gram)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(1, 2).contiguous()
+
+
+def steps_moved(weight: Tensor, before: Tensor, grid: Grid) -> dict[int, int]:
+    """How many weights lie how many codes from the nearest one to ``before``: {0: ..., 1: ..., ...}."""
+    moved = (quantize(weight, grid) - quantize(before, grid)).abs().int().flatten()
+    return {i: int(n) for i, n in enumerate(moved.bincount().tolist()) if n}
+
+
+def is_searchable(form: Format) -> bool:
+    """Whether a format's codes are few enough for nearest rounding to matter."""
+    return form.bits < 8
