@@ -83,7 +83,7 @@ def _average_ranks(y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return shared
 
 
-def coco(split: str = "val2017") -> Iterator[tuple[dict[str, Any], Image.Image, Image.Image | None]]:
+def coco(split: str = "val2017") -> Iterator[tuple[dict[str, Any], Image.Image, Any]]:
     folder = DATA / "coco128"
     entries = json.loads((folder / "annotations.json").read_text())["images"]
     with tarfile.open(folder / "coco128.tar") as tar:
@@ -95,7 +95,7 @@ def coco(split: str = "val2017") -> Iterator[tuple[dict[str, Any], Image.Image, 
 
         for e in entries:
             if f"/{split}/" in "/" + e["file"]:
-                yield e, read(e["file"]).convert("RGB"), read(e["mask"]) if e["mask"] else None
+                yield e, read(e["file"]).convert("RGB"), np.asarray(read(e["mask"])) if e["mask"] else None
 
 
 def photos(size: int, count: int) -> list[Tensor]:

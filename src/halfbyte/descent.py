@@ -41,12 +41,14 @@ class Descent:
     """
 
     rows: float = 6.0
-    damping: tuple[float, ...] = (0.003, 0.03, 0.3)
+    damping: tuple[float, ...] = (0.003, 0.03, 0.3, 3.0, 30.0)
     rounding: Rounding = "free"
     scales: tuple[float, ...] = (0.9, 1.0)
     sweeps: int = 2
     rounds: int = 2
-    name: str = "descent"
+    residual: bool = True
+    iterations: Literal[0] = 0
+    name: Literal["descent"] = "descent"
 
     @torch.no_grad()
     def solve(self, p: Problem) -> Solution:

@@ -23,7 +23,8 @@ class Problem:
     layer: the operation. weight, bias: as they are in float. form, grid: the weight's format, and the grid chosen from its values
     alone. inputs: what the network so far gives the layer, batch by batch; targets: what the float network expects. held_out:
     patches of other samples, [groups, rows, ...], which decide between solutions. following: the activation function that
-    alone reads the output, or None. input_grid: of what the layer reads, None where that is float. floor: the least scale, [outputs]
+    alone reads the output, or None. input_grid: of what the layer reads, None where that is float. raw_inputs: ``inputs`` before they
+    were rounded to it, where the layer alone reads them, so that another grid may be chosen. floor: the least scale, [outputs]
     or scalar, for which the bias fits its type. pairs: 8-bit codes must keep pairs of products in 16 bits. seed: of everything
     random.
     """
@@ -38,6 +39,7 @@ class Problem:
     held_out: Patches
     following: Callable[[Tensor], Tensor] | None = None
     input_grid: Grid | None = None
+    raw_inputs: Frontier | None = None
     floor: Tensor | None = None
     pairs: bool = False
     seed: int = 0
@@ -84,6 +86,14 @@ class LayerSolver(Protocol):
     @property
     def name(self) -> str:
         """As it stands in the log."""
+
+    @property
+    def residual(self) -> bool:
+        """Whether the targets ask a layer in front of an addition to make up for the error of the other operand."""
+
+    @property
+    def iterations(self) -> int:
+        """Steps of a learned method, which a time limit may shorten; 0 of a method in closed form."""
 
     def solve(self, p: Problem) -> Solution:
         """A solution, whatever it is worth: the caller keeps the better of before and after."""
