@@ -14,18 +14,23 @@ if TYPE_CHECKING:
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
     from halfbyte.correct import correct_bias
+    from halfbyte.descent import Descent
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Format
     from halfbyte.grids import MSE, MinMax, Percentile
     from halfbyte.integer import predict, run_integer
+    from halfbyte.local import LayerSolver, Problem, Solution
     from halfbyte.lower import lower
+    from halfbyte.methods.adaquant import AdaQuant
+    from halfbyte.methods.adaround import AdaRound
     from halfbyte.model import LogEntry, Moments, QModel, Target
     from halfbyte.moments import propagate
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
     from halfbyte.quantize import quantize
+    from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
     from halfbyte.store import load, save
     from halfbyte.transforms.absorb_bias import absorb_bias
@@ -46,6 +51,13 @@ _WHERE = {
     "absorb_bias": "transforms.absorb_bias",
     "propagate": "moments",
     "walk": "walk",
+    "Descent": "descent",
+    "LayerSolver": "local",
+    "Problem": "local",
+    "Solution": "local",
+    "AdaQuant": "methods.adaquant",
+    "AdaRound": "methods.adaround",
+    "reconstruct": "reconstruct",
     "HalfbyteError": "errors",
     "ParityError": "errors",
     "UsageError": "errors",
@@ -75,9 +87,13 @@ _WHERE = {
 
 __all__ = [
     "MSE",
+    "AdaQuant",
+    "AdaRound",
+    "Descent",
     "Format",
     "Grid",
     "HalfbyteError",
+    "LayerSolver",
     "LogEntry",
     "MinMax",
     "Moments",
@@ -85,7 +101,9 @@ __all__ = [
     "ParityError",
     "Percentile",
     "Preprocess",
+    "Problem",
     "QModel",
+    "Solution",
     "Target",
     "UsageError",
     "absorb_bias",
@@ -104,6 +122,7 @@ __all__ = [
     "propagate",
     "quantize",
     "quantize_tensor",
+    "reconstruct",
     "run",
     "run_integer",
     "save",

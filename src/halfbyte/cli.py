@@ -224,6 +224,18 @@ def _threads(threads: int | None) -> int:
     type=click.Choice(["same", "cross-entropy"]),
     help="Range rule of a classifier's quantized outputs [default: the recipe's].",
 )
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "descent", "adaround", "adaquant"]),
+    help="How weights are rounded [default: the recipe's; below 8 bits: descent].",
+)
+@click.option(
+    "--iterations", type=click.IntRange(1), metavar="N", help="Of a learned rounding [default: as published]."
+)
+@click.option(
+    "--time-limit", metavar="TIME", help="For a learned rounding, such as 20m; it takes fewer iterations then."
+)
+@click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
 @click.option(
@@ -270,6 +282,7 @@ def quantize(
     bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
     parse_bits(bits)
     preprocess = _preprocess(options)
+    options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
     check_output(Path(output), resume=resume, overwrite=overwrite)
@@ -315,9 +328,25 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(f"{r.name:{width}}  {r.description}")
 
 
+def _seconds(text: str | None) -> float | None:
+    """``20m``, ``1.5h``, ``90s`` or ``90`` as seconds."""
+    if text is None:
+        return None
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"--time-limit '{text}' is not a time: write it as 90s, 20m or 1.5h")
+    return seconds
+
+
 def _announce(settings: Any, quiet: bool) -> None:
     """The first line: for which engine, and what its variant means on this machine."""
     from halfbyte import engine
+    from halfbyte.formats import parse_bits
     from halfbyte.targets import find
 
     target = find(settings.target, saturates=engine.saturates())
@@ -326,6 +355,9 @@ def _announce(settings: Any, quiet: bool) -> None:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
     data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
     _say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
+    if min(parse_bits(settings.bits)) < 8:
+        ends = "have them, too" if settings.uniform else "keep 8 bits (--uniform gives them fewer, too)"
+        _say(quiet, f"{settings.bits} in every convolution and linear layer; the first and the last {ends}")
 
 
 def _friendly_warnings(quiet: bool) -> Any:

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from halfbyte.affine import Grid, fake_quantize, quantize
-from halfbyte.formats import Format
+from halfbyte.affine import Grid, fake_quantize
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
@@ -120,8 +119,10 @@ def corrected(moments: SecondMoments, w: Tensor, damping: float) -> Tensor:
     right = (moments.cross + w * step[:, None]).transpose(1, 2)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if bool((failed > 0).any()):
-        return torch.linalg.solve(gram.double(), right.double()).transpose(1, 2).to(w)
-    return torch.cholesky_solve(right, factor).transpose(1, 2).contiguous()
+        exact: Tensor = torch.linalg.solve(gram.double(), right.double())
+        return exact.transpose(1, 2).to(w)
+    found: Tensor = torch.cholesky_solve(right, factor)
+    return found.transpose(1, 2).contiguous()
 
 
 class _Rows:
@@ -293,15 +294,5 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     if bool((failed > 0).any()):
         lower = torch.linalg.cholesky(damped(gram, 0.01).flip(1, 2).double()).to(gram)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).flip(1, 2).contiguous()
-
-
-def steps_moved(weight: Tensor, before: Tensor, grid: Grid) -> dict[int, int]:
-    """How many weights lie how many codes from the nearest one to ``before``: {0: ..., 1: ..., ...}."""
-    moved = (quantize(weight, grid) - quantize(before, grid)).abs().int().flatten()
-    return {i: int(n) for i, n in enumerate(moved.bincount().tolist()) if n}
-
-
-def is_searchable(form: Format) -> bool:
-    """Whether a format's codes are few enough for nearest rounding to matter."""
-    return form.bits < 8
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return inverse.flip(1, 2).contiguous()

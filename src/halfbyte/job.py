@@ -25,14 +25,15 @@ from halfbyte.model import QModel
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
-from halfbyte.quantize import quantize
-from halfbyte.recipe import Recipe, load_recipe
+from halfbyte.quantize import default_recipe, quantize
+from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.store import load, save
 from halfbyte.targets import find
 
 _log = logging.getLogger("halfbyte")
 MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
 UNPROVEN = "model.unproven.onnx"
+STATE, LAYERS = "state.json", "layers"  # in the checkpoint: what was asked for, and layers solved so far
 Result = TypeVar("Result")
 
 
@@ -53,6 +54,10 @@ class Settings:
     activation_range: str | None = None  # in place of the recipe's
     weight_range: str | None = None
     logit_range: str | None = None
+    rounding: str | None = None  # how weights are rounded, in place of the recipe's
+    iterations: int | None = None
+    time_limit: float | None = None  # seconds
+    uniform: bool = False
     keep_float: tuple[str, ...] = ()
     ranges: tuple[str, ...] = ()
     container: Container = "packed"
@@ -132,7 +137,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(
             f"the output folder '{folder}' exists: use --resume to go on, --overwrite to start again, or another -o"
         )
-    ours = (folder / SUMMARY).is_file() or (folder / CHECKPOINT / "graph.json").is_file()
+    ours = (folder / SUMMARY).is_file() or (folder / CHECKPOINT / STATE).is_file()
     if any(folder.iterdir()) and not ours:
         what = "--overwrite would delete something else" if overwrite else "there is nothing to --resume"
         raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so {what}")
@@ -159,6 +164,10 @@ def quantize_job(
     stages = Stages(progress)
     m = _resumed(out, settings) if resume else None
     if m is None:
+        if overwrite and out.exists():
+            _clear(out)
+        if recipe.has("reconstruct"):
+            _begin(out, settings)
         made = stages.run(
             "capture", lambda: capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
         )
@@ -177,11 +186,12 @@ def quantize_job(
                 samples=settings.samples,
                 batch=settings.batch,
                 seed=settings.seed,
+                uniform=settings.uniform,
+                time_limit=settings.time_limit,
+                kept=out / CHECKPOINT / LAYERS,
                 progress=progress,
             ),
         )
-        if overwrite and out.exists():
-            _clear(out)
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
@@ -190,13 +200,23 @@ def quantize_job(
 
 def chosen_recipe(settings: Settings) -> Recipe:
     """The recipe that the settings name, with their range rules in it."""
-    recipe = load_recipe(settings.recipe or ("dfq" if settings.calibration is None else "default"))
+    narrowest = min(parse_bits(settings.bits))
+    recipe = load_recipe(settings.recipe or default_recipe(settings.calibration is not None, narrowest))
     rules = {
         "activations": settings.activation_range,
         "weights": settings.weight_range,
         "logits": settings.logit_range,
     }
-    return recipe.changed("calibrate", **rules)
+    recipe = recipe.changed("calibrate", **rules)
+    learned = {"method": settings.rounding, "iterations": settings.iterations}
+    if any(v is not None for v in learned.values()) and not recipe.has("reconstruct"):
+        what = "--rounding" if settings.rounding is not None else "--iterations"
+        raise UsageError(
+            f"recipe '{recipe.name}' has no step reconstruct, which {what} is for: choose --recipe low-bit"
+        )
+    recipe = recipe.changed("reconstruct", **learned)
+    check(recipe)
+    return recipe
 
 
 def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
@@ -254,16 +274,27 @@ def _describe(
     )
 
 
+def _begin(out: Path, settings: Settings) -> None:
+    """Note what is being made, so that layers solved before an interruption can be used again."""
+    try:
+        (out / CHECKPOINT).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
+    _write(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": []}))
+
+
 def _save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
     found = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         save(m, out / CHECKPOINT)
-        _write(
-            out / CHECKPOINT / "state.json", json.dumps({"configuration": settings.to_dict(), "stages": stages.rows})
-        )
+        _write(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": stages.rows}))
+        shutil.rmtree(out / CHECKPOINT / LAYERS, ignore_errors=True)
     except BaseException as error:  # an interruption too: half a checkpoint is none
-        shutil.rmtree(out / CHECKPOINT if found else out, ignore_errors=True)
+        if found:
+            (out / CHECKPOINT / "graph.json").unlink(missing_ok=True)  # solved layers stay
+        else:
+            shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, OSError):
             raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
         raise
@@ -271,7 +302,7 @@ def _save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> 
 
 def _read_state(out: Path) -> dict[str, Any]:
     try:
-        state = json.loads((out / CHECKPOINT / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((out / CHECKPOINT / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
@@ -286,7 +317,7 @@ def _resumed(out: Path, settings: Settings) -> QModel | None:
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if changed:
         raise UsageError(f"--resume needs the same configuration as before; different: {', '.join(changed)}")
-    return load(out / CHECKPOINT)
+    return load(out / CHECKPOINT) if (out / CHECKPOINT / "graph.json").is_file() else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -32,11 +32,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One decision: the stage that took it, the value it concerns (or None), and what was done and why."""
+    """One decision: the stage that took it, the value it concerns (or None), and what was done and why; ``figures`` as data."""
 
     stage: str
     value: str | None
     message: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.value + ': ' if self.value else ''}{self.message}"

@@ -22,6 +22,7 @@ from halfbyte.graph import (
     has_computed_bias,
     is_output,
     is_real,
+    layers,
     tensor_inputs,
     tensors,
     weight_of,
@@ -33,6 +34,7 @@ from halfbyte.targets import activation_format, weight_format
 Overrides = Mapping[str, Format | None]
 COMPUTE = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.MATMUL)
 FOLLOWING = (Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.AVERAGE)
+_SPARED_BITS = 8  # of the first and the last layer, and of sums
 MOVING = (Kind.CODES, Kind.CLAMP, Kind.REQUANTIZE)
 
 
@@ -79,13 +81,21 @@ class _Marks:
 
 
 def place(
-    m: QModel, target: Target, *, weight_bits: int = 8, activation_bits: int = 8, overrides: Overrides | None = None
+    m: QModel,
+    target: Target,
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    uniform: bool = True,
+    overrides: Overrides | None = None,
 ) -> QModel:
     """Give every value that the target can use in integers a format.
 
-    weight_bits, activation_bits: widths. overrides: value name or glob -> format (its width counts), or None to keep it in
-    float. Values that stay in float are in the plan as None, with the reason in the log. Raises :class:`PlacementError`
-    where nothing is left to quantize, or where the target cannot run the width.
+    weight_bits, activation_bits: widths. uniform: every layer gets them; else the first and the last layer keep 8 bits where
+    fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. overrides: value
+    name or glob -> format (its width counts), or None to keep it in float. Values that stay in float are in the plan as None,
+    with the reason in the log. Raises :class:`PlacementError` where nothing is left to quantize, or where the target cannot run
+    the width.
     """
     overrides = overrides or {}
     for what, bits in (("weights", weight_bits), ("activations", activation_bits)):
@@ -111,6 +121,8 @@ def place(
         if marks.carries(node) and not marks.absorbed(node):
             plan[value_name(node)] = activation_format(target, activation_bits)
     ties = _ties(m.graph, plan)
+    if not uniform:
+        log += _spared(m.graph, plan, ties)
     for pattern, form in overrides.items():
         for name in fnmatch.filter(plan, pattern) if form is not None else ():
             plan[name] = replace(plan[name], bits=form.bits) if plan[name] is not None else None  # type: ignore[union-attr,type-var]
@@ -120,6 +132,33 @@ def place(
             "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
         )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
+
+
+def _spared(graph: fx.Graph, plan: dict[str, Format | None], ties: Mapping[str, str]) -> list[LogEntry]:
+    """Widen to 8 bits the first and the last layer, and running values that no other layer multiplies."""
+    every = [n for n in layers(graph) if plan.get(value_name(n.args[1])) is not None]  # type: ignore[arg-type]
+    ends = every[:1] + every[-1:]
+    narrow = set()
+    for node in graph.nodes:
+        if kind(node) in COMPUTE and node not in ends:
+            read = (value_name(n) for n in activation_inputs(node))
+            narrow |= {ties.get(name, name) for name in read}
+    weights = {value_name(w) for n in every if (w := weight_of(n)) is not None}
+    kept = {value_name(w) for n in ends if (w := weight_of(n)) is not None}
+    widened = []
+    for name, form in plan.items():
+        spared = name in kept if name in weights else ties.get(name, name) not in narrow
+        if form is not None and form.bits < _SPARED_BITS and spared:
+            plan[name] = replace(form, bits=_SPARED_BITS)
+            widened.append(name)
+    found = [
+        LogEntry("place", n, f"keeps {_SPARED_BITS} bits: the first or the last layer") for n in widened if n in kept
+    ]
+    values = len(widened) - len(found)
+    if values:
+        text = f"{values} running values keep {_SPARED_BITS} bits: no layer but the first and the last multiplies them"
+        found.append(LogEntry("place", None, text))
+    return found
 
 
 def _check_overrides(m: QModel, overrides: Overrides) -> None:

@@ -3,7 +3,9 @@
 import logging
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 
+import psutil
 import torch
 
 from halfbyte import engine
@@ -37,22 +39,29 @@ def quantize(
     overrides: Overrides | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     preprocess: Preprocess | None = None,
+    uniform: bool = False,
     samples: int = 256,
     batch: int = 32,
     seed: int = 0,
+    time_limit: float | None = None,
+    memory: int | None = None,
+    kept: Path | None = None,
     progress: Progress = silent,
 ) -> QModel:
     """Quantize a captured network after training, with unlabelled data or with none.
 
     data: a folder of pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for
     each input); None lets the batch norms stand for data. target: engine by name; ``onnxruntime`` means the variant that is
-    exact on this machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default:
-    ``default`` with data, ``dfq`` without). activations, weights: range rules in place of the recipe's. overrides: value or
-    glob -> format, None for float. ranges: value -> (lowest, highest) by hand. samples, batch, seed: how much data, in what
-    portions, chosen how. Returns a model that ``predict`` simulates and ``export_onnx`` writes.
+    exact on this machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default: ``default``
+    with data, ``low-bit`` for fewer than 8 bits, ``dfq`` without data). uniform: the first and the last layer get fewer than 8
+    bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are
+    chosen (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations,
+    weights: range rules in place of the recipe's. overrides: value or glob -> format, None for float. ranges: value ->
+    (lowest, highest) by hand. samples, batch, seed: how much data, in what portions, chosen how. Returns a model that
+    ``predict`` simulates and ``export_onnx`` writes.
     """
     where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
-    chosen = recipe or ("dfq" if data is None else "default")
+    chosen = recipe or default_recipe(data is not None, min(weight_bits, activation_bits))
     followed = load_recipe(chosen) if isinstance(chosen, str) else chosen
     source = None
     if data is not None:
@@ -67,9 +76,16 @@ def quantize(
         m = m.logged(LogEntry("quantize", None, f"target {where.name}: {reason}"))
     context = Context(
         source, where, weight_bits, activation_bits, overrides or {}, known if data is None else ranges or {}, progress,
-        activations, weights,
+        activations, weights, uniform, seed, kept, time_limit, psutil.virtual_memory().available // 3 if memory is None else memory,
     )  # fmt: skip
     return follow(followed, m, context)
+
+
+def default_recipe(data: bool, bits: int) -> str:
+    """The recipe for this case where none is named."""
+    if not data:
+        return "dfq"
+    return "default" if bits >= 8 else "low-bit"
 
 
 def _input_range(model: QModel, preprocess: Preprocess | None) -> dict[str, tuple[float, float]]:

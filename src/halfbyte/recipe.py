@@ -14,10 +14,15 @@ import torch
 from halfbyte.calibrate import Progress, calibrate
 from halfbyte.correct import correct_bias
 from halfbyte.data import Samples
+from halfbyte.descent import Descent
 from halfbyte.errors import UsageError
 from halfbyte.grids import RULES, GridRule
+from halfbyte.local import LayerSolver
+from halfbyte.methods.adaquant import AdaQuant
+from halfbyte.methods.adaround import AdaRound
 from halfbyte.model import Inputs, LogEntry, QModel, Target
 from halfbyte.place import Overrides, place
+from halfbyte.reconstruct import reconstruct
 from halfbyte.run import run, simulate
 from halfbyte.transforms.absorb_bias import absorb_bias
 from halfbyte.transforms.equalize import equalize
@@ -25,6 +30,8 @@ from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 Range = Literal["mse", "min-max", "percentile"]
 From = Literal["auto", "data", "moments"]
+Method = Literal["nearest", "descent", "adaround", "adaquant"]
+METHODS: dict[str, Callable[[], LayerSolver]] = {"descent": Descent, "adaround": AdaRound, "adaquant": AdaQuant}
 # So many samples tell the channels of a network apart, and so many others which of two models is better.
 FEW, HELD_OUT = 64, 32
 _PORTION = 32  # samples run at a time
@@ -50,6 +57,10 @@ class Recipe:
         given = {k: v for k, v in options.items() if v is not None}
         return replace(self, steps=tuple({**s, **given} if s["step"] == step else s for s in self.steps))
 
+    def has(self, step: str) -> bool:
+        """Whether one of the steps has this name."""
+        return any(s["step"] == step for s in self.steps)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -64,6 +75,11 @@ class Context:
     progress: Progress
     activations: GridRule | None = None  # rules given as objects go before the recipe's
     weights: GridRule | None = None
+    uniform: bool = False
+    seed: int = 0
+    kept: Path | None = None  # where solved layers are kept, so that an interrupted run can go on
+    time_limit: float | None = None  # seconds for learned methods
+    memory: int | None = None  # bytes of running values to hold at once
 
     def few(self) -> list[Inputs]:
         """Some samples for steps that need only channel statistics, none of them held out."""
@@ -110,7 +126,7 @@ def _absorb(m: QModel, c: Context) -> QModel:
 
 def _place(m: QModel, c: Context) -> QModel:
     bits = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
-    return place(m, c.target, overrides=c.overrides, **bits)
+    return place(m, c.target, overrides=c.overrides, uniform=c.uniform, **bits)
 
 
 def _calibrate(
@@ -148,6 +164,30 @@ def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
     return correct_bias(m, data, ranges=c.ranges)
 
 
+def _reconstruct(
+    m: QModel,
+    c: Context,
+    *,
+    method: Method = "descent",
+    iterations: int = 0,
+    inputs: Literal["quantized", "float"] = "quantized",
+    activations: bool = True,
+) -> QModel:
+    if c.source is None:
+        return m.logged(LogEntry("reconstruct", None, "left out: there are no data"))
+    if method == "nearest":
+        return m.logged(LogEntry("reconstruct", None, "left out: weights are rounded to the nearest code"))
+    solver = METHODS[method]()
+    if iterations:
+        if not solver.iterations:
+            raise UsageError(f"method '{method}' takes no iterations: leave them out, or choose adaround or adaquant")
+        solver = replace(solver, iterations=iterations)  # type: ignore[type-var]
+    return reconstruct(
+        m, c.source, solver, inputs=inputs, activations=activations, seed=c.seed, budget=c.memory,
+        time_limit=c.time_limit, kept=c.kept, progress=c.progress,
+    )  # fmt: skip
+
+
 Step = Callable[..., QModel]
 STEPS: dict[str, Step] = {
     "fold_batchnorm": lambda m, c: fold_batchnorm(m),
@@ -156,6 +196,7 @@ STEPS: dict[str, Step] = {
     "place": _place,
     "calibrate": _calibrate,
     "correct_bias": _correct,
+    "reconstruct": _reconstruct,
 }
 _PYTHON = {"from": "source"}  # a word that TOML has and Python keeps for itself
 
@@ -240,6 +281,14 @@ def _check_step(step: Mapping[str, Any], where: str) -> None:
             )
         if kind is bool and not isinstance(value, bool):
             raise UsageError(f"{where} ({name}): {key} = {value!r} is not true or false")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise UsageError(f"{where} ({name}): {key} = {value!r} is not a whole number of at least 0")
+
+
+def check(recipe: Recipe) -> None:
+    """Check the options of every step. Raises :class:`UsageError`."""
+    for i, step in enumerate(recipe.steps, 1):
+        _check_step(step, f"recipe '{recipe.name}', step {i}")
 
 
 def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:

@@ -1,27 +1,34 @@
 """Layer after layer, weights that make the quantized network's layers put out what the float network's do."""
 
-import logging
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from halfbyte.affine import fake_quantize
-from halfbyte.calibrate import BIAS_LIMIT, saturates
-from halfbyte.errors import DataError, UsageError
-from halfbyte.graph import bias_of, layers, weight_of
+from halfbyte.affine import Grid, fake_quantize, quantize
+from halfbyte.calibrate import BIAS_LIMIT, Progress, saturates, silent
+from halfbyte.errors import DataError, StoreError, UsageError
+from halfbyte.graph import bias_of, layers, macs, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
-from halfbyte.second_moments import gathered, Patches
-from halfbyte.walk import Frontier, Visited, walk
+from halfbyte.second_moments import Patches, gathered
+from halfbyte.walk import Frontier, walk
 
-_log = logging.getLogger("halfbyte")
 _HELD_OUT = 8  # one sample of so many decides, the others fit
 _HELD_OUT_ROWS = 4096
+_PROBE = 10  # iterations that tell how long a learned method takes
 
 
 def reconstruct(
@@ -33,50 +40,75 @@ def reconstruct(
     activations: bool = True,
     seed: int = 0,
     budget: int | None = None,
-    progress: Visited | None = None,
+    time_limit: float | None = None,
+    kept: Path | None = None,
+    progress: Progress = silent,
 ) -> QModel:
-    """Let ``solver`` choose the weights of every layer, in graph order. Use after ``calibrate``."""
+    """Let ``solver`` choose the weights of every layer, in graph order, with both networks side by side. After ``calibrate``.
+
+    data: unlabelled batches; the last eighth of each is held out, and decides layer by layer whether the solution stays. solver:
+    :class:`Descent`, :class:`AdaRound`, :class:`AdaQuant` or any :class:`LayerSolver`. inputs: what a layer reads while it is
+    solved, values of the quantized network so far, or of the float network, so that layers do not depend on each other.
+    activations: running values are rounded too while the layers are solved. budget: bytes of running values to hold in memory,
+    the others go to files. time_limit: seconds; a learned method takes fewer iterations if it would need more. kept: a folder
+    that keeps each solved layer; layers found there are not solved again, and Ctrl-C ends behind the layer at work. Raises
+    :class:`UsageError` for a model without grids and :class:`DataError` where there are no data.
+    """
     if not m.grids or m.target is None:
         raise UsageError("there is no grid to round to yet: call place and calibrate before reconstruct")
     fit, held = split(data)
-    fits = len(fit)
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
+    clock = _Clock(solver, time_limit, [n for n in order if not _why_not(m, n)])
+    store = _Kept(kept, repr(solver), inputs, seed)
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
         reason = _why_not(now, layer)
         if reason:
             return now.logged(LogEntry("reconstruct", value_name(layer), f"left as it is: {reason}"))
-        generator = torch.Generator().manual_seed(seed + order[layer])
-        parts = gathered(layer, x[fits:], y[fits:], _HELD_OUT_ROWS, generator)
-        p = problem(now, layer, x[:fits], y[:fits], _joined(parts), seed + order[layer])
-        return _better(now, p, solver)
+        known = store.read(layer, order[layer])
+        if known is None:
+            parts = gathered(layer, x[len(fit) :], y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer]))
+            p = problem(now, layer, x[: len(fit)], y[: len(fit)], _joined(parts), seed + order[layer])
+            p = replace(p, progress=lambda i, n: progress(f"{solver.name} {value_name(layer)}", i, n))
+            known = _solved(now, p, clock.solver_for(p))
+            store.write(layer, order[layer], known)
+        progress("reconstruct", order[layer] + 1, len(order))
+        return known.applied(now, layer)
 
-    running = m if activations else replace(m, grids={k: g for k, g in m.grids.items() if k in parameters_of(m)})
-    done = walk(
-        running, [*fit, *held], visit, quantized_inputs=inputs == "quantized", residual=True, budget=budget, progress=progress
-    )
-    return replace(done, grids={**m.grids, **done.grids})
+    running = m if activations else replace(m, grids={k: g for k, g in m.grids.items() if k in _parameters(m)})
+    with store.interruptible():
+        done = walk(
+            running,
+            [*fit, *held],
+            visit,
+            quantized_inputs=inputs == "quantized",
+            residual=solver.residual,
+            budget=budget,
+        )
+    return replace(done, grids={**m.grids, **done.grids}).logged(*clock.log)
 
 
-def parameters_of(m: QModel) -> set[str]:
-    """Value names of parameters."""
+def _generator(seed: int, layer: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + layer)
+
+
+def _parameters(m: QModel) -> set[str]:
     return {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
 
 
 def split(data: Iterable[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """Samples to fit and samples to decide by: of every batch its last eighth."""
+    """Samples to fit and samples to decide by: of every batch its last eighth; of small batches, the last of them."""
     fit, held = [], []
     for batch in data:
-        n = len(batch[0])
-        cut = n - n // _HELD_OUT
+        cut = len(batch[0]) - len(batch[0]) // _HELD_OUT
         fit.append(tuple(t[:cut] for t in batch))
-        if cut < n:
+        if cut < len(batch[0]):
             held.append(tuple(t[cut:] for t in batch))
     if not fit:
         raise DataError("there are no data to work with")
-    if not held:  # batches of a few samples
-        held = fit[-max(1, len(fit) // _HELD_OUT) :]
-        fit = fit[: -len(held)] or held
+    if not held:
+        few = max(1, len(fit) // _HELD_OUT)
+        fit, held = (fit[:-few], fit[-few:]) if len(fit) > few else (fit, fit)
     return fit, [tuple(torch.cat(parts) for parts in zip(*held, strict=True))]
 
 
@@ -93,8 +125,8 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
     return ""
 
 
-def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held: Patches, seed: int) -> Problem:
-    """What a solver needs to know of one layer."""
+def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held_out: Patches, seed: int = 0) -> Problem:
+    """What a solver needs to know of one layer; x, y: what it reads and should put out, batch by batch."""
     weight, bias, source = weight_of(layer), bias_of(layer), layer.args[0]
     assert weight is not None and isinstance(source, fx.Node) and m.target is not None
     form, grid, read = m.plan[value_name(weight)], m.grid(value_name(weight)), m.grid(value_name(source))
@@ -105,9 +137,20 @@ def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held: Patches, 
         floor = b.abs().float() / (BIAS_LIMIT * read.scale)
         floor = floor.max() if form.axis is None else floor
     return Problem(
-        layer, m.params[str(weight.target)], b, form, grid, x, y, held, _following(layer), read, floor,
-        saturates(layer, m.target), seed,
-    )  # fmt: skip
+        layer=layer,
+        weight=m.params[str(weight.target)],
+        bias=b,
+        form=form,
+        grid=grid,
+        inputs=x,
+        targets=y,
+        held_out=held_out,
+        following=_following(layer),
+        input_grid=read,
+        floor=floor,
+        pairs=saturates(layer, m.target),
+        seed=seed,
+    )
 
 
 def _following(layer: fx.Node) -> Callable[[Tensor], Tensor] | None:
@@ -117,25 +160,157 @@ def _following(layer: fx.Node) -> Callable[[Tensor], Tensor] | None:
     (reader,) = layer.users
     if kind(reader) is not Kind.CLAMP or any(isinstance(a, fx.Node) for a in reader.args[1:]):
         return None
-    return lambda t: reader.target(t, *reader.args[1:], **reader.kwargs)  # type: ignore[operator, no-any-return]
+    return lambda t: reader.target(t, *reader.args[1:], **reader.kwargs)  # type: ignore[operator]
 
 
-def _better(m: QModel, p: Problem, solver: LayerSolver) -> QModel:
-    """The model with the solution, or as it was if that does better on the held-out samples."""
-    weight, bias = weight_of(p.layer), bias_of(p.layer)
+@dataclass(frozen=True)
+class _Solved:
+    """What became of a layer: None where it stays as it was, and the log's entry."""
+
+    solution: Solution | None
+    message: str
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def applied(self, m: QModel, layer: fx.Node) -> QModel:
+        """The model with this solution."""
+        m = m.logged(LogEntry("reconstruct", value_name(layer), self.message, self.figures))
+        weight, bias = weight_of(layer), bias_of(layer)
+        if self.solution is None or weight is None:
+            return m
+        device = m.params[str(weight.target)].device
+        tuned = {**m.tuned, str(weight.target): self.solution.weight.to(device)}
+        if bias is not None and self.solution.bias is not None:
+            tuned[str(bias.target)] = self.solution.bias.to(device)
+        return replace(m, tuned=tuned, grids={**m.grids, value_name(weight): self.solution.grid.to(device)})
+
+
+@torch.no_grad()
+def _solved(m: QModel, p: Problem, solver: LayerSolver) -> _Solved:
+    """The solution, or what was, whichever does better on the held-out samples."""
+    weight = weight_of(p.layer)
     assert weight is not None
     before = p.loss(fake_quantize(m.parameters[str(weight.target)], p.grid), p.bias)
-    solution = solver.solve(p)
-    after = p.loss(solution.weight, solution.bias if solution.bias is not None else p.bias)
-    level = float(p.held_out.outputs.double().square().mean(1).sum())
-    figures = f"noise-to-signal on held-out samples {before / max(level, 1e-30):.3g} before, {after / max(level, 1e-30):.3g} after"
-    name = value_name(p.layer)
-    if not after <= before:
-        return m.logged(LogEntry("reconstruct", name, f"left as it is ({solver.name}): {figures}"))
-    tuned = {**m.tuned, str(weight.target): solution.weight}
-    if bias is not None and solution.bias is not None:
-        tuned[str(bias.target)] = solution.bias
-    grids = {**m.grids, value_name(weight): solution.grid}
-    return replace(m, tuned=tuned, grids=grids).logged(
-        LogEntry("reconstruct", name, f"{solver.name}, {solution.note}: {figures}")
-    )
+    found = solver.solve(p)
+    after = p.loss(found.weight, p.bias if found.bias is None else found.bias)
+    signal = max(float(p.held_out.outputs.double().square().mean(1).sum()), 1e-30)
+    moved = moves(found.weight, p.weight, found.grid)
+    kept = after <= before
+    figures = {"method": solver.name, "before": before / signal, "after": after / signal, "kept": kept, "moved": moved}
+    shown = f"noise-to-signal on held-out samples {before / signal:.3g} before, {after / signal:.3g} after"
+    if not kept:
+        return _Solved(None, f"left as it is, for {solver.name} does worse: {shown}", figures)
+    steps = ", ".join(f"{n} by {i}" for i, n in moved.items() if i != "0") or "none"
+    note = f" ({found.note})" if found.note else ""
+    return _Solved(found, f"{solver.name}{note}: {shown}; weights moved in steps: {steps}", figures)
+
+
+def moves(weight: Tensor, before: Tensor, grid: Grid) -> dict[str, int]:
+    """How many weights lie how many codes from where nearest rounding of ``before`` puts them: {"0": ..., "1": ...}."""
+    steps = (quantize(weight, grid) - quantize(before, grid)).abs().int().flatten()
+    return {str(i): n for i, n in enumerate(steps.bincount().tolist()) if n}
+
+
+@dataclass
+class _Clock:
+    """Shortens the iterations of a learned method so that all layers end in time, by what the layers before have taken."""
+
+    solver: LayerSolver
+    limit: float | None
+    waiting: list[fx.Node]
+    log: list[LogEntry] = field(default_factory=list)
+    end: float = 0.0
+
+    def solver_for(self, p: Problem) -> LayerSolver:
+        """The solver with as many iterations as its share of the time allows."""
+        if self.limit is None or not self.solver.iterations:
+            return self.solver
+        self.end = self.end or time.monotonic() + self.limit
+        left = self.waiting[self.waiting.index(p.layer) :]
+        start = time.perf_counter()
+        _with_iterations(self.solver, _PROBE).solve(p)
+        each = (time.perf_counter() - start) / _PROBE
+        work = sum(macs(n) for n in left) / max(1, macs(p.layer))
+        needed = each * work * self.solver.iterations
+        share = (self.end - time.monotonic()) / max(needed, 1e-9)
+        if share >= 1:
+            return self.solver
+        count = max(_PROBE, int(self.solver.iterations * max(share, 0.0)))
+        text = f"{count} instead of {self.solver.iterations} iterations, to end within {self.limit:.0f} s"
+        self.log.append(LogEntry("reconstruct", value_name(p.layer), text))
+        return _with_iterations(self.solver, count)
+
+
+def _with_iterations(solver: LayerSolver, count: int) -> LayerSolver:
+    return replace(solver, iterations=count)  # type: ignore[type-var]
+
+
+class _Kept:
+    """Solved layers in a folder, a file each, written whole or not at all."""
+
+    def __init__(self, folder: Path | None, *identity: object) -> None:
+        self.folder, self.identity, self.stopped = folder, json.dumps([str(i) for i in identity]), False
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index:04d}.safetensors"
+
+    def read(self, layer: fx.Node, index: int) -> _Solved | None:
+        """What was kept of a layer; None if nothing was, or by another method."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        if self.folder is None or not self._file(index).exists():
+            return None
+        try:
+            with safe_open(self._file(index), "pt") as file:
+                about = json.loads(file.metadata()["about"])
+                t = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise StoreError(f"'{self._file(index)}' is damaged: delete it, its layer is then solved again") from error
+        if about["identity"] != self.identity or about["layer"] != value_name(layer):
+            return None
+        if "weight" not in t:
+            return _Solved(None, about["message"], about["figures"])
+        grid = Grid(t["scale"], t["zero"], t["lo"], t["hi"], axis=about["axis"], group=about["group"])
+        return _Solved(Solution(t["weight"], grid, t.get("bias")), about["message"], about["figures"])
+
+    def write(self, layer: fx.Node, index: int, solved: _Solved) -> None:
+        """Keep a layer."""
+        if self.folder is None:
+            return
+        found, t = solved.solution, {"": torch.zeros(1)}
+        about = {"identity": self.identity, "layer": value_name(layer), "message": solved.message}
+        about |= {"figures": solved.figures, "axis": None, "group": None}  # type: ignore[dict-item]
+        if found is not None:
+            g = found.grid
+            about |= {"axis": g.axis, "group": g.group}  # type: ignore[dict-item]
+            t = {"weight": found.weight, "scale": g.scale, "zero": g.zero, "lo": g.lo, "hi": g.hi}
+            t |= {} if found.bias is None else {"bias": found.bias}
+        part = self._file(index).with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole = {k: v.detach().cpu().contiguous().clone() for k, v in t.items()}
+            save_file(whole, part, metadata={"about": json.dumps(about)})
+            os.replace(part, self._file(index))
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise StoreError(f"cannot keep a solved layer in '{self.folder}': {error}") from error
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C lets the layer at work end and be kept; the second stops at once."""
+        if self.folder is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: object) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.stopped:
+            raise KeyboardInterrupt

@@ -58,12 +58,13 @@ def sampled_patches(layer: fx.Node, x: Tensor, y: Tensor, rows: int, generator: 
     count = min(everywhere, math.ceil(rows / n))
     at = torch.arange(everywhere) if count == everywhere else torch.randperm(everywhere, generator=generator)[:count]
     index, inside = _taps(layer, at, y.shape[2:], x.shape[2:])
-    read = x.flatten(2).index_select(2, index.flatten().to(x.device)).unflatten(2, index.shape)
+    read = x.flatten(2).index_select(2, index.flatten().to(x.device)).reshape(n, x.shape[1], *index.shape)
     if not bool(inside.all()):
         read = read * inside.to(read)
-    read = read.unflatten(1, (g, -1)).permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
-    wanted = y.flatten(2).index_select(2, at.to(y.device)).unflatten(1, (g, -1))
-    return Patches(read, wanted.permute(1, 0, 3, 2).flatten(1, 2))
+    taps = len(index)
+    read = read.reshape(n, g, -1, taps, count).permute(1, 0, 4, 2, 3).reshape(g, n * count, -1)
+    wanted = y.flatten(2).index_select(2, at.to(y.device)).reshape(n, g, -1, count)
+    return Patches(read, wanted.permute(1, 0, 3, 2).reshape(g, n * count, -1))
 
 
 def _taps(layer: fx.Node, at: Tensor, out: Sequence[int], into: Sequence[int]) -> tuple[Tensor, Tensor]:

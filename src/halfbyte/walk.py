@@ -76,9 +76,10 @@ def walk(
     """Let ``visit`` see, and change, one layer after another.
 
     quantized_inputs: each layer sees what the network so far, quantized and changed, gives it; else what the float network
-    does. residual: where an addition alone reads a layer, the layer should also make up for what the addition's other operand is
-    off; else it should put out what it does in float. budget: bytes of running values to hold in memory. Parameters that ``visit`` puts in ``tuned`` count from its layer
-    on. Returns what the last visit returned. Raises :class:`DataError` if there are no data.
+    does. residual: where an addition alone reads a layer, the layer should also make up for what the addition's other operand
+    is off; else it should put out what it does in float. budget: bytes of running values to hold in memory. Parameters that
+    ``visit`` puts in ``tuned`` count from its layer on. Returns what the last visit returned. Raises :class:`DataError` if
+    there are no data.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = _Store(budget, folder)
@@ -99,7 +100,8 @@ def walk(
                 wanted = outputs
                 if other is not None:
                     wanted = [
-                        y + r[other] - q[other] for y, r, q in zip(outputs, reference.values, stream.values, strict=True)
+                        y + r[other] - q[other]
+                        for y, r, q in zip(outputs, reference.values, stream.values, strict=True)
                     ]
                 m = visit(m, layer, [env[layer.args[0]] for env in seen.values], wanted)  # type: ignore[index]
                 del wanted

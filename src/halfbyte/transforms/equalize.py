@@ -230,7 +230,11 @@ class _Noise:
                 for x in s
             ]
         )
-        self.power, self.high, self.low = flat([x.power for x in s]), flat([x.high for x in s]), flat([x.low for x in s])
+        self.power, self.high, self.low = (
+            flat([x.power for x in s]),
+            flat([x.high for x in s]),
+            flat([x.low for x in s]),
+        )
         self.columns = flat([torch.einsum("go,goi->gi", x.importance, x.squares) * x.active for x in s])
         self.importance = flat([x.importance for x in s])
         inputs = [x.power.numel() for x in s]
@@ -265,7 +269,9 @@ class _Noise:
         before, own, sides = every[self.into], every[self.own].exp(), len(self.sides)
         factor = before.exp()
         met = _summed(self.power * factor.square(), self.input_group, self.groups)
-        reach = _soft_max(self.high * factor, self.input_side, sides) + _soft_max(self.low * factor, self.input_side, sides)
+        reach = _soft_max(self.high * factor, self.input_side, sides) + _soft_max(
+            self.low * factor, self.input_side, sides
+        )
         rows = self.largest * (-before[self.at]).exp()
         span = rows if self.per_channel else _soft_max(rows * own, self.output_side, sides)[self.output_side] / own
         weights = _summed(self.importance * span.square() * met[self.output_group], self.output_side, sides)
@@ -375,7 +381,7 @@ def _for_noise(
     gained = 10 / math.log(10) * (losses[0] - least)
     text = f"expected noise at the ends of {len(chains)} chains lowered by {gained:.1f} dB on average"
     limit = math.log(_LARGEST)
-    found_logs = best.clamp(-limit, limit).exp().split(noise.length)
+    found_logs = torch.split(best.clamp(-limit, limit).exp(), noise.length)
     factors = {value_name(p.first): s for p, s in zip(usable, found_logs, strict=True)}
     return {**published, **factors}, [LogEntry("equalize", None, text)]
 
