@@ -135,16 +135,30 @@ def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
     return Grid(step, zeros, low, high, axis=form.axis, group=form.group)
 
 
-def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None) -> Grid:
+def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None, largest: Tensor | None = None) -> Grid:
+    """The grid that keeps ``share`` of each row's range; ``largest`` [rows] saves looking for the largest magnitudes again."""
     if form.symmetric:
-        return weight_grid(w, form, rows(w, form).abs().amax(1) * share, pairs)
+        return weight_grid(w, form, (rows(w, form).abs().amax(1) if largest is None else largest) * share, pairs)
     return _asymmetric_weight(w, form, share)
 
 
-def _errors(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None, power: Tensor | None) -> Tensor:
-    """[rows]: squared error of each row, weighted by the power of its inputs."""
-    error = (fake_quantize(w, _row_grid(w, form, share, pairs)) - w).square()
-    return rows(error if power is None else error * power, form).sum(1)
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a parameter in the search for their ranges: what does not change from one candidate to the next."""
+
+    w: Tensor
+    form: Format
+    pairs: Tensor | None
+    flat: Tensor
+    power: Tensor | None
+    largest: Tensor
+
+    def errors(self, share: Tensor) -> Tensor:
+        """[rows]: squared error of each row on the grid that keeps so much of its range, weighted by the power of its inputs."""
+        grid = _row_grid(self.w, self.form, share, self.pairs, self.largest)
+        scale, zero, lo, hi = (t.reshape(-1, 1) for t in (grid.scale, grid.zero, grid.lo, grid.hi))
+        error = (self.flat / scale).round_().clamp_(lo - zero, hi - zero).mul_(scale).sub_(self.flat).square_()
+        return (error if self.power is None else error.mul_(self.power)).sum(1)
 
 
 def _sampled(w: Tensor, form: Format, power: Tensor | None) -> tuple[Tensor, Format, Tensor | None]:
@@ -230,22 +244,24 @@ class MSE:
     def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid by a search for each row: a net of shares of the range, then a finer one around the best."""
         two = _two_largest(w, form) if pairs else None
-        best = torch.ones(rows(w, form).shape[0], device=w.device)
-        part, flat, weighted = _sampled(w, form, power)
-        least = _errors(part, flat, best, two, weighted)
+        part, flat_form, weighted = _sampled(w, form, power)
+        flat = rows(part, flat_form)
+        searched = _Rows(
+            part, flat_form, two, flat, None if weighted is None else rows(weighted, flat_form), flat.abs().amax(1)
+        )
+        best = torch.ones(len(flat), device=w.device)
+        least = searched.errors(best)
         # Inputs of little power may meet the largest weights, so the optimum can lie far below the whole range.
         for share in (*torch.logspace(-1.0, -0.2, 8).tolist(), *torch.linspace(0.66, 0.99, 18).tolist()):
-            best, least = self._better(part, flat, torch.full_like(best, share), two, weighted, best, least)
+            best, least = self._better(searched, torch.full_like(best, share), best, least)
         for step in (-0.01, -0.005, 0.005, 0.01):
-            best, least = self._better(part, flat, (best * (1 + step)).clamp(max=1.0), two, weighted, best, least)
+            best, least = self._better(searched, (best * (1 + step)).clamp(max=1.0), best, least)
         return _row_grid(w, form, best, two)
 
     @staticmethod
-    def _better(
-        w: Tensor, form: Format, share: Tensor, two: Tensor | None, power: Tensor | None, best: Tensor, least: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _better(searched: _Rows, share: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """For each row the better of two shares, with its error."""
-        error = _errors(w, form, share, two, power)
+        error = searched.errors(share)
         better = error < least
         return torch.where(better, share, best), torch.where(better, error, least)
 

@@ -58,7 +58,7 @@ class Problem:
         found = self.held_out.inputs @ weight.transpose(1, 2)
         if bias is not None:
             found = found + bias[:, None]
-        return float((found - self.held_out.outputs).double().square().mean(1).sum())
+        return float((found - self.held_out.outputs).square_().mean(1).double().sum())
 
     def loss(self, weight: Tensor, bias: Tensor | None) -> float:
         """The same for a weight and bias in the layer's own shapes."""
