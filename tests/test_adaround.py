@@ -1,5 +1,6 @@
 """AdaRound: where it starts, where it ends, and that it finds the roundings that an exhaustive search finds."""
 
+import functools
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -64,6 +65,13 @@ def problem_of(layer: nn.Module, shape: tuple[int, ...] = (4, 8, 8), samples: in
     return recorder.problems[0]
 
 
+@functools.cache
+def problem_of_kind(kind: str) -> Problem:
+    torch.manual_seed(1)
+    return problem_of(LAYERS[kind](), (3, 8) if kind == "tokens" else (4, 8, 8), relu=kind == "dense")
+
+
+@functools.cache
 def linear(inputs: int = 8, outputs: int = 6, seed: int = 0, samples: int = 128) -> Problem:
     torch.manual_seed(seed)
     return problem_of(nn.Linear(inputs, outputs), (inputs,), samples)
@@ -103,8 +111,7 @@ def test_the_start_is_the_float_weight(change) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("change", [lambda p: p, asymmetric])
 def test_every_code_is_below_or_above_its_weight(kind: str, change) -> None:
-    torch.manual_seed(1)
-    p = change(problem_of(LAYERS[kind](), (3, 8) if kind == "tokens" else (4, 8, 8), relu=kind == "dense"))
+    p = change(problem_of_kind(kind))
     found = QUICK.solve(p)
     below, above = neighbours(p.weight, p.grid)
     codes = quantize(found.weight, found.grid)
@@ -115,25 +122,24 @@ def test_every_code_is_below_or_above_its_weight(kind: str, change) -> None:
 
 
 def test_brute_force_does_hardly_better() -> None:
-    ratios = []
-    for seed in range(2):
-        p = linear(seed=seed)
-        found = fitting_error(p, AdaRound(iterations=1500, rate=1e-2).solve(p).weight)
-        below, above = neighbours(p.weight, p.grid)
-        best, nearest = torch.full_like(found, float("inf")), fitting_error(p, fake_quantize(p.weight, p.grid))
-        scale = expand(p.grid.scale, p.grid, p.weight)
-        for choice in itertools.product((False, True), repeat=8):
-            best = torch.minimum(best, fitting_error(p, torch.where(torch.tensor(choice), above, below) * scale))
-        assert found.sum() < nearest.sum()
-        ratios.append(found / best)
-    assert torch.cat(ratios).mean() < 1.05
+    p, g = linear(8, 48), torch.Generator().manual_seed(0)
+    x = (torch.randn(128, 8, generator=g) + 0.5 * torch.randn(128, 1, generator=g)).relu()  # activations have a mean
+    p = replace(p, inputs=[x], targets=[p.apply(x, p.weight, p.bias)])
+    found = fitting_error(p, AdaRound(iterations=1500).solve(p).weight)
+    below, above = neighbours(p.weight, p.grid)
+    best, nearest = torch.full_like(found, float("inf")), fitting_error(p, fake_quantize(p.weight, p.grid))
+    scale = expand(p.grid.scale, p.grid, p.weight)
+    for choice in itertools.product((False, True), repeat=8):
+        best = torch.minimum(best, fitting_error(p, torch.where(torch.tensor(choice), above, below) * scale))
+    assert (nearest / best).mean() > 1.2
+    assert (found / best).mean() < 1.05
 
 
 def test_uncorrelated_inputs_give_nearest_rounding() -> None:
     p = linear(8, 32)
     x = torch.diag(torch.linspace(5, 10, 8))
     p = replace(p, inputs=[x], targets=[p.apply(x, p.weight, p.bias)])
-    found = AdaRound(iterations=1000, batch=8, rate=1e-2).solve(p)
+    found = AdaRound(iterations=600, batch=8, rate=2e-2).solve(p)
     assert torch.equal(found.weight, fake_quantize(p.weight, p.grid))
 
 
@@ -147,7 +153,7 @@ def test_the_same_seed_gives_the_same_codes() -> None:
 def test_the_note_says_how_many_are_decided() -> None:
     p = linear()
     assert "too few" in AdaRound(iterations=10).solve(p).note
-    assert AdaRound(iterations=1500, rate=2e-2).solve(p).note == "100.00% of the roundings decided"
+    assert AdaRound(iterations=400, rate=0.1, regularization=0.1).solve(p).note == "100.00% of the roundings decided"
 
 
 def test_a_dead_channel_stays_dead() -> None:
@@ -187,7 +193,7 @@ def test_a_network_gets_better_on_held_out_samples() -> None:
     m, data = calibrated(net, (4, 8, 8))
     done = reconstruct(m, data, AdaRound(iterations=200, rate=5e-2))
     x = data[0][0]
-    want = net(x)
+    want = net(x).detach()
 
     def error(q: hb.QModel) -> float:
         return float((hb.run(q, (x,), hb.simulate(q))[0] - want).square().mean())
