@@ -13,10 +13,30 @@ ANCHORS = {
     "resnet50": (91.25, "91.37 (NNCF)", 90.75),
     "resnet20_cifar10": (91.65, "91.8 (Sony MCT)", 91.7),
 }
+# The same for fewer bits: float accuracy there, and top-1 by widths and tool. Every layer has the widths, first and last too.
+LOW_BIT_ANCHORS: dict[str, tuple[float, dict[str, dict[str, float]]]] = {
+    "efficientnet_lite0": (88.5, {"W4A8": {"AIMET sequential MSE": 57.75, "ONNX Runtime": 16.0}}),
+    "mobilenet_v2": (85.25, {"W4A8": {"ONNX Runtime": 0.63}}),
+    "resnet50": (91.25, {"W4A8": {"ONNX Runtime": 62.63}}),
+    "resnet20_cifar10": (
+        91.65,
+        {
+            "W4A8": {
+                "AIMET sequential MSE": 91.65,
+                "AIMET AdaRound": 91.6,
+                "Sony MCT": 91.05,
+                "Brevitas": 88.55,
+                "ONNX Runtime": 87.8,
+            },
+            "W4A8 per tensor": {"AIMET": 86.2},
+            "W4A4": {"Sony MCT": 82.25, "AIMET sequential MSE": 75.4, "ONNX Runtime": 67.5},
+        },
+    ),
+}
 
 
-def read(pattern: str) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted((HERE / "results").glob(pattern))]
+def read(pattern: str, folder: Path = HERE / "results") -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(folder.glob(pattern))]
 
 
 def percent(x: float) -> str:
@@ -78,6 +98,85 @@ def tasks(found: list[dict[str, Any]]) -> list[str]:
         f"| {r['file'] - t['float']:+.4f} | {r['float_nodes']} | {r['bytes'] / 1e6:.1f} |"
         for t in found
         for r in t["rows"]
+    ]
+
+
+def low_bits(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## Fewer than eight bits", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/low_bits.py`."]
+    out += [
+        "Recipe `low-bit` with each way to round the weights. The first and the last layer keep 8 bits, except in rows named",
+        "*uniform*. Every file is proven equal to the integer simulation and scored in ONNX Runtime; W4A32 is weights alone, by the",
+        "fake-quantizing float simulation. *Passes*: seconds over those of a float pass over the calibration images, timed just",
+        "before on the same machine. *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the",
+        "method over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was",
+        "taken. Memory is the peak of the process, which also holds the labelled images.",
+        "",
+        *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
+    ]  # fmt: skip
+    for r in found:
+        alike: dict[tuple[float, int, int], list[dict[str, Any]]] = {}
+        for row in r["rows"]:
+            alike.setdefault((row["float"], row["images"], row["samples"]), []).append(row)
+        for (before, images, samples), rows in alike.items():
+            out += [
+                f"### {r['network']}: float {percent(before)} on {images} images, {samples} calibration images",
+                "",
+                "| widths | method | top-1 | from float (95 %, paired) | agrees with float | seconds | passes | MB, float pass "
+                "| MB | gain | kept |",
+                "|---" * 11 + "|",
+                *map(_low_bit_row, rows),
+                "",
+            ]
+        out += [*_low_bit_anchors(r["network"]), *_profile(r.get("profile"))]
+    return out[:-1]
+
+
+def _low_bit_row(row: dict[str, Any]) -> str:
+    limits = [f"{row['iterations']} iterations"] if row["iterations"] else []
+    limits += [f"within {row['time_limit']:.0f} s"] if row.get("shortened") else []
+    start = f"| {row['row']} | {row['method']}{' (' + ', '.join(limits) + ')' if limits else ''} "
+    if "impossible" in row:
+        return start + f"| not possible: {row['impossible']} " + "| " * 8 + "|"
+    d, parts = row["difference"], row["losses"].values()
+    gains, kept = [f"{p['log10_gain']:+.2f}" for p in parts], [f"{p['kept']} of {p['all']}" for p in parts]
+    return (
+        start + f"| {percent(row['top1'])} | {d['points']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f}) "
+        f"| {percent(row['agreement'])} % | {row['seconds']:.1f} | {row['ratio']:.1f} | {row['float_peak_bytes'] / 1e6:.0f} "
+        f"| {row['peak_bytes'] / 1e6:.0f} | {', '.join(gains)} | {', '.join(kept)} |"
+    )
+
+
+def _low_bit_anchors(network: str) -> list[str]:
+    """What other tools reach with the same widths."""
+    if network not in LOW_BIT_ANCHORS:
+        return []
+    before, widths = LOW_BIT_ANCHORS[network]
+    texts = [
+        f"{wide}: " + ", ".join(f"{tool} {top1:.2f} ({top1 - before:+.2f})" for tool, top1 in tools.items())
+        for wide, tools in widths.items()
+    ]
+    images = "the first 2,000 test images" if network.endswith("cifar10") else "800 other photos (compare drops)"
+    return [
+        f"Other tools with these widths in every layer, as in the rows named *uniform*, on {images}, float {before:.2f}: "
+        + "; ".join(texts)
+        + ".",
+        "",
+    ]
+
+
+def _profile(found: dict[str, Any] | None) -> list[str]:
+    """Where the time goes."""
+    if not found:
+        return []
+    return [
+        f"Where the time of {found['method']} at {found['row']} goes, by own time under `cProfile` ({found['seconds']:.1f} s):",
+        "",
+        "| function | seconds | share |",
+        "|---|---|---|",
+        *(f"| `{name}` | {seconds:.1f} | {percent(share)} % |" for name, seconds, share in found["functions"]),
+        "",
     ]
 
 
@@ -198,6 +297,8 @@ def main() -> None:
         "## Other tasks",
         "",
         *tasks(others),
+        "",
+        *low_bits(read("low-bits-*.json")),
         "",
         *dfq(read("dfq-*.json")),
         "",

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from halfbyte.descent import Descent
+from halfbyte.local import Problem, Solution
 from halfbyte.parity import Difference
 from tiny import array, files, halfbyte, network, pictures, quantized
 
@@ -288,3 +290,92 @@ def test_benchmark_and_report(done: Path) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
     assert "_HALFBYTE_COMPLETE" in halfbyte("completion", shell).output
+
+
+def four_bits(folder: Path, *options: object, out: str = "out") -> tuple[int, str]:
+    """W4A8 of a network of two layers."""
+    return quantize(
+        folder, network(folder, "pair"), array(folder / "x.npy"), "--bits", "W4A8", "-o", folder / out, *options
+    )
+
+
+def test_the_first_and_the_last_layer_are_announced(tmp_path: Path) -> None:
+    code, text = four_bits(tmp_path)
+    assert code == 0, text
+    assert "W4A8 in every convolution and linear layer; the first and the last keep 8 bits (--uniform" in text
+    code, uniform = four_bits(tmp_path, "--uniform", out="uniform")
+    assert code == 0, uniform
+    assert "the first and the last have them, too" in uniform
+    rows = [json.loads((tmp_path / out / "summary.json").read_text()) for out in ("out", "uniform")]
+    assert [row["configuration"]["recipe"]["name"] for row in rows] == ["low-bit"] * 2
+    assert (tmp_path / "out" / "model.onnx").read_bytes() != (tmp_path / "uniform" / "model.onnx").read_bytes()
+    code, text = quantize(tmp_path, network(tmp_path, "pair"), tmp_path / "x.npy", "-o", tmp_path / "eight")
+    assert code == 0, text
+    assert "the first and the last" not in text
+
+
+UNFIT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "time": (("--bits", "W4A8", "--time-limit", "soon"), "--time-limit 'soon' is not a time: write it as 90s, 20m"),
+    "no time": (("--bits", "W4A8", "--time-limit", "0m"), "'0m' is not a time"),
+    "time backwards": (("--bits", "W4A8", "--time-limit", "-5"), "'-5' is not a time"),
+    "endless": (("--bits", "W4A8", "--time-limit", "inf"), "'inf' is not a time"),
+    "eight bits": (("--rounding", "adaround"), "recipe 'default' has no step reconstruct, which --rounding is for"),
+    "no data": (("--bits", "W4A8", "--recipe", "dfq", "--rounding", "descent"), "recipe 'dfq' has no step reconstruct"),
+    "alone": (("--bits", "W4A8", "--recipe", "dfq", "--iterations", "50"), "which --iterations is for"),
+    "closed form": (("--bits", "W4A8", "--iterations", "50"), "'descent' takes no iterations"),
+    "nearest": (("--bits", "W4A8", "--rounding", "nearest", "--iterations", "50"), "'nearest' takes no iterations"),
+    "gone": (("--bits", "W4A8", "--calibration", "gone.npy"), "there is no file or folder"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_options_of_rounding_that_do_not_fit(tmp_path: Path, case: str) -> None:
+    options, words = UNFIT[case]
+    code, text = quantize(tmp_path, network(tmp_path, "pair"), array(tmp_path / "x.npy"), *options)
+    assert code == 2, text
+    told = [line for line in text.splitlines() if line.startswith("halfbyte: ")]
+    assert len(told) == 1, text
+    assert words in told[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rounding_and_its_iterations_are_noted(tmp_path: Path) -> None:
+    code, text = four_bits(tmp_path, "--rounding", "adaround", "--iterations", 20, "--time-limit", "1m")
+    assert code == 0, text
+    described = json.loads((tmp_path / "out" / "summary.json").read_text())
+    (step,) = [s for s in described["configuration"]["recipe"]["steps"] if s["step"] == "reconstruct"]
+    assert (step["method"], step["iterations"]) == ("adaround", 20)
+    assert described["configuration"]["time_limit"] == 60.0
+
+
+def test_solved_layers_are_resumed_to_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = four_bits(tmp_path, "--uniform", out="whole")
+    assert code == 0, text
+    whole, solved = (tmp_path / "whole" / "model.onnx").read_bytes(), []
+    solve = Descent.solve
+
+    def interrupted(self: Descent, p: Problem) -> Solution:
+        if solved:
+            raise KeyboardInterrupt
+        solved.append(p.layer.name)
+        return solve(self, p)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Descent, "solve", interrupted)
+        code, text = four_bits(tmp_path, "--uniform")
+    assert code == 130
+    assert "--resume" in text
+    out = tmp_path / "out"
+    assert set(files(out)) == {"checkpoint"}
+    assert len(files(out / "checkpoint" / "layers")) == 1
+    code, text = four_bits(tmp_path, "--resume")
+    assert code == 2
+    assert "different: uniform" in text
+    again: list[str] = []
+    monkeypatch.setattr(Descent, "solve", lambda self, p: again.append(p.layer.name) or solve(self, p))
+    code, text = four_bits(tmp_path, "--uniform", "--resume")
+    assert code == 0, text
+    assert len(again) == 1
+    assert again != solved
+    assert (out / "model.onnx").read_bytes() == whole
+    assert not (out / "checkpoint" / "layers").exists()

@@ -178,3 +178,63 @@ def test_every_real_value_is_in_the_plan_and_the_original_is_untouched() -> None
     assert not m.plan
     real = {n.meta["value"] for n in p.graph.nodes if n.meta.get("dtype") == "float32"}
     assert real == set(p.plan)
+
+
+def narrow(uniform: bool, function: Callable[..., Any], **parts: nn.Module) -> hb.QModel:
+    m = hb.capture(Net(function, **parts).eval(), torch.randn(2, 4, 6, 6))
+    return hb.place(m, ONNXRUNTIME, weight_bits=4, activation_bits=4, uniform=uniform)
+
+
+def widths(m: hb.QModel) -> dict[str, int]:
+    return {name: form.bits for name, form in m.plan.items() if form is not None}
+
+
+def separable(s: Any, x: Tensor) -> Tensor:
+    y = F.relu(s.a(x))
+    z = s.c(F.relu(s.b(y)))
+    return s.d(F.relu(z + s.e(y)))  # the sum's operands, c and e, are multiplied by no layer
+
+
+def test_the_ends_and_the_operands_of_sums_may_keep_eight_bits() -> None:
+    parts = {name: conv() for name in "abcde"}
+    every = widths(narrow(True, separable, **parts))
+    assert set(every.values()) == {4}
+    m = narrow(False, separable, **parts)
+    spared = widths(m)
+    assert spared.keys() == every.keys()
+    assert {n: spared[f"{n}.weight"] for n in "abcde"} == {"a": 8, "b": 4, "c": 4, "d": 8, "e": 4}
+    multiplied = {"relu", "relu.1"}  # what b, e and c read
+    assert multiplied <= spared.keys()
+    values = {n: bits for n, bits in spared.items() if not n.endswith("weight")}
+    assert values == {n: 4 if n in multiplied else 8 for n in values}
+    assert {"x", "c", "e", "d"} <= values.keys()
+    said = [str(e) for e in m.log]
+    assert "place: a.weight: keeps 8 bits: the first or the last layer" in said
+    assert "place: d.weight: keeps 8 bits: the first or the last layer" in said
+    assert any(f"{len(values) - 2} running values keep 8 bits" in text for text in said)
+
+
+def test_values_that_share_a_grid_have_one_width() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = F.max_pool2d(s.a(x), 2)
+        return s.c(s.b(y) + y)
+
+    m = narrow(False, forward, a=conv(), b=conv(), c=conv())
+    assert m.ties["max_pool2d"] == "a"
+    assert m.plan["a"] == m.plan["max_pool2d"]
+    assert m.plan["a"].bits == 4, "b multiplies it, though an addition reads it, too"  # type: ignore[union-attr]
+    assert m.plan["b"].bits == 8  # type: ignore[union-attr]
+
+
+def test_sparing_never_narrows_and_yields_to_overrides() -> None:
+    layers = {name: conv() for name in "abc"}
+    forward = lambda s, x: s.c(F.relu(s.b(F.relu(s.a(x)))))  # noqa: E731
+    m = hb.capture(Net(forward, **layers).eval(), torch.randn(2, 4, 6, 6))
+    wide = hb.place(m, ONNXRUNTIME, uniform=False)
+    assert wide.plan == hb.place(m, ONNXRUNTIME).plan
+    assert not any("keep" in e.message for e in wide.log)
+    own = {"a.weight": hb.Format(3), "relu": hb.Format(6), "c.weight": None}
+    given = hb.place(m, ONNXRUNTIME, weight_bits=4, activation_bits=4, uniform=False, overrides=own)
+    found = widths(given)
+    assert (found["a.weight"], found["relu"]) == (3, 6)
+    assert found["b.weight"] == 8, "the last layer that runs in integers"

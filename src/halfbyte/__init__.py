@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.affine import Grid, dequantize, fake_quantize
     from halfbyte.affine import quantize as quantize_tensor
+    from halfbyte.blocks import Blocks, refine
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
     from halfbyte.correct import correct_bias
@@ -51,6 +52,8 @@ _WHERE = {
     "absorb_bias": "transforms.absorb_bias",
     "propagate": "moments",
     "walk": "walk",
+    "Blocks": "blocks",
+    "refine": "blocks",
     "Descent": "descent",
     "LayerSolver": "local",
     "Problem": "local",
@@ -89,6 +92,7 @@ __all__ = [
     "MSE",
     "AdaQuant",
     "AdaRound",
+    "Blocks",
     "Descent",
     "Format",
     "Grid",
@@ -123,6 +127,7 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "reconstruct",
+    "refine",
     "run",
     "run_integer",
     "save",

@@ -10,21 +10,24 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, expand, fake_quantize, quantize, round_even
-from halfbyte.calibrate import Progress, rescaled, silent
+from halfbyte.calibrate import Progress, regridded, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, is_real, layers, macs, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
-from halfbyte.reconstruct import split
+from halfbyte.reconstruct import Kept, split
 from halfbyte.run import last_uses
+from halfbyte.store import load, save
 
 _CHECKS = 4  # so often the held-out samples are asked on the way
+_KEPT = "blocks"  # the folder of the model behind the last finished block
 _LEARNED_BITS = 8  # running values of fewer bits learn their scale
 Env = dict[fx.Node, Any]
 
@@ -33,13 +36,15 @@ Env = dict[fx.Node, Any]
 class Blocks:
     """How blocks are refined.
 
-    epochs: passes over the samples, for each block. batch: samples at a time. layers: a block has at least so many, unless the
-    network ends. rate: of the codes, in steps of the grid; scale_rate: of logarithms of scales, and of biases in standard deviations
-    of the output they shift. drop: share of running values left unrounded at random. weighting: ``gradient`` counts each
-    channel's error by the squared gradient of the network's outputs with respect to it.
+    epochs: passes over the samples, for each block; iterations: steps of each block instead. batch: samples at a time. layers:
+    a block has at least so many, unless the network ends. rate: of the codes, in steps of the grid; scale_rate: of logarithms
+    of scales, and of biases in standard deviations of the output they shift. drop: share of running values left unrounded at
+    random. weighting: ``gradient`` counts each channel's error by the squared gradient of the network's outputs with respect to
+    it.
     """
 
     epochs: float = 20.0
+    iterations: int = 0
     batch: int = 16
     layers: int = 3
     rate: float = 0.01
@@ -60,16 +65,20 @@ def refine(
     *,
     seed: int = 0,
     time_limit: float | None = None,
+    kept: Path | None = None,
     progress: Progress = silent,
 ) -> QModel:
     """Refine block after block, in graph order. Use after ``reconstruct``.
 
     data: unlabelled batches, of which the last eighth of each is held out: a block stays as it was unless it does better there.
-    time_limit: seconds for all blocks. Raises :class:`UsageError` for a model without grids.
+    time_limit: seconds for all blocks. kept: a folder that keeps the model behind every block; a run that finds one goes on
+    there, and Ctrl-C ends behind the block at work. Raises :class:`UsageError` for a model without grids.
     """
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
     options = options or Blocks()
+    store = Kept(kept, repr(options), seed)
+    m, done = _resumed(m, kept)
     fit, held = split(data)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
@@ -77,14 +86,26 @@ def refine(
     clock = _Clock(time_limit, [sum(macs(n) for n in b) for b in found])
     weights = _importance(m, found, samples, options) if options.weighting == "gradient" else [None] * len(found)
     reference, quantized = _Stream(m, samples, options.batch), _Stream(m, samples, options.batch)
-    for i, nodes in enumerate(found):
-        target = reference.advanced(m, nodes, rounded=False)
-        before = quantized.env
-        fitted = _Block(m, nodes, options, seed + i, weights[i]).fit(before, target, count, clock, progress)
-        m = fitted
-        quantized.advanced(m, nodes, rounded=True)
-        progress("blocks", i + 1, len(found))
+    with store.interruptible():
+        for i, nodes in enumerate(found):
+            store.go_on()
+            target = reference.advanced(m, nodes, rounded=False)
+            if i >= done:
+                block = _Block(m, nodes, options, seed + i, weights[i])
+                m = block.fit(quantized.env, target, count, clock, progress)
+                if kept is not None:
+                    save(m, kept / _KEPT)
+            clock.done()
+            quantized.advanced(m, nodes, rounded=True)
+            progress("blocks", i + 1, len(found))
     return m
+
+
+def _resumed(m: QModel, kept: Path | None) -> tuple[QModel, int]:
+    """The model behind the last block that was kept, and how many blocks that makes."""
+    if kept is not None and (kept / _KEPT / "graph.json").is_file():
+        m = load(kept / _KEPT)
+    return m, sum(e.stage == "blocks" for e in m.log)
 
 
 def blocks_of(m: QModel, least: int) -> list[list[fx.Node]]:
@@ -147,12 +168,12 @@ def _joined(node: fx.Node, parts: list[Any]) -> Any:
 
 def _is_batched(node: fx.Node) -> bool:
     shape = node.meta.get("shape", ())
-    return len(shape) > 0 and not isinstance(shape[0], int)
+    return bool(len(shape) > 0 and not isinstance(shape[0], int))
 
 
 def _follows_batch(node: fx.Node) -> bool:
     """A size that is the size of the batch."""
-    return str(node.target).startswith("aten.sym_size") and node.args[1] == 0
+    return bool(str(node.target).startswith("aten.sym_size") and node.args[1] == 0)
 
 
 def sliced(env: Env, at: Tensor, count: int) -> Env:
@@ -319,8 +340,7 @@ class _Block(_Rounding):
         """The model with this block refined, or as it was where that does no better on the held-out samples."""
         name = value_name([n for n in self.nodes if "value" in n.meta][-1])
         if not self.layers:
-            clock.skip()
-            return self.m
+            return self.m.logged(LogEntry("blocks", name, "left as it is: nothing in it can be refined"))
         total = len(next(t for n, t in env.items() if isinstance(t, Tensor) and _is_batched(n)))
         held = torch.arange(count, total)
         first = torch.arange(min(count, 4 * self.options.batch))
@@ -328,7 +348,7 @@ class _Block(_Rounding):
         before = self._loss_on(env, target, held, total)
         best, least = self._state(), before
         variables = self._variables()
-        planned = max(1, math.ceil(self.options.epochs * count / self.options.batch))
+        planned = self.options.iterations or max(1, math.ceil(self.options.epochs * count / self.options.batch))
         steps = planned
         optimizer = torch.optim.Adam(variables, betas=(0.9, 0.99))
         rates = [g["lr"] for g in optimizer.param_groups]
@@ -353,7 +373,6 @@ class _Block(_Rounding):
                 now = self._loss_on(env, target, held, total)
                 if now < least:
                     best, least = self._state(), now
-        clock.done()
         figures = {"method": "blocks", "before": before, "after": least, "kept": least < before, "steps": steps}
         text = (
             f"block of {len(self.layers)} layers, {steps} steps: held-out error {before:.3g} before, {least:.3g} after"
@@ -395,7 +414,7 @@ class _Block(_Rounding):
     def _loss_on(self, env: Env, target: Env, at: Tensor, total: int) -> float:
         losses = [
             float(self._loss(sliced(env, part, total), sliced(target, part, total))) * len(part)
-            for part in at.split(self.options.batch)
+            for part in torch.split(at, self.options.batch)
         ]
         return sum(losses) / max(1, len(at))
 
@@ -412,7 +431,8 @@ class _Block(_Rounding):
         for name, (_, unit) in self.biases.items():
             tuned[name] = self.m.parameters[name] + state[f"bias {name}"] * unit
         m = replace(self.m, tuned=tuned, grids=grids)
-        return rescaled(m, {k: (m.grids[k].scale * state[f"scale {k}"].exp()) for k in self.scales})
+        scales = {k: m.grids[k].scale * state[f"scale {k}"].exp() for k in self.scales}
+        return regridded(m, {k: replace(m.grids[k], scale=s) for k, s in scales.items()})
 
 
 def _importance(m: QModel, found: Sequence[Sequence[fx.Node]], samples: Inputs, options: Blocks) -> list[Tensor | None]:
@@ -461,5 +481,3 @@ class _Clock:
     def done(self) -> None:
         """The next block is at work."""
         self.at += 1
-
-    skip = done

@@ -231,15 +231,15 @@ def set_grids(
     return replace(m, grids=grids).logged(*log, *entries, *floors, *dead)
 
 
-def rescaled(m: QModel, scales: Mapping[str, Tensor]) -> QModel:
-    """The model with other scales of running values, by name; the limits of clamps follow."""
+def regridded(m: QModel, chosen: Mapping[str, Grid]) -> QModel:
+    """The model with other scales and zero-points of running values, by name; the limits of clamps follow."""
     grids = dict(m.grids)
-    for name, scale in scales.items():
+    for name, grid in chosen.items():
         form = m.plan[name]
         assert form is not None  # it has a grid
-        lo, hi = (torch.full_like(grids[name].zero, end) for end in (form.lo, form.hi))
-        grids[name] = replace(grids[name], scale=scale, lo=lo, hi=hi)
-    return replace(m, grids=grids | _clamped(m, grids)) if scales else m
+        lo, hi = (torch.full_like(grid.zero, end) for end in (form.lo, form.hi))
+        grids[name] = replace(grid, lo=lo, hi=hi)
+    return replace(m, grids=grids | _clamped(m, grids)) if chosen else m
 
 
 def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict[str, Grid]:

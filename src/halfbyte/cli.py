@@ -226,7 +226,7 @@ def _threads(threads: int | None) -> int:
 )
 @click.option(
     "--rounding",
-    type=click.Choice(["nearest", "descent", "adaround", "adaquant"]),
+    type=click.Choice(["nearest", "descent", "adaround", "adaquant", "blocks"]),
     help="How weights are rounded [default: the recipe's; below 8 bits: descent].",
 )
 @click.option(

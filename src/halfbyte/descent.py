@@ -46,6 +46,7 @@ class Descent:
     sweeps: int = 2
     rounds: int = 2
     residual: bool = True
+    unrounded: bool = False
     iterations: Literal[0] = 0
     name: Literal["descent"] = "descent"
 

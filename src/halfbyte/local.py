@@ -92,6 +92,10 @@ class LayerSolver(Protocol):
         """Whether the targets ask a layer in front of an addition to make up for the error of the other operand."""
 
     @property
+    def unrounded(self) -> bool:
+        """Whether it chooses the grid of what the layer reads, where the layer alone reads it."""
+
+    @property
     def iterations(self) -> int:
         """Steps of a learned method, which a time limit may shorten; 0 of a method in closed form."""
 

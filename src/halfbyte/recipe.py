@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from halfbyte.blocks import Blocks, refine
 from halfbyte.calibrate import Progress, calibrate
 from halfbyte.correct import correct_bias
 from halfbyte.data import Samples
@@ -30,7 +31,7 @@ from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 Range = Literal["mse", "min-max", "percentile"]
 From = Literal["auto", "data", "moments"]
-Method = Literal["nearest", "descent", "adaround", "adaquant"]
+Method = Literal["nearest", "descent", "adaround", "adaquant", "blocks"]
 METHODS: dict[str, Callable[[], LayerSolver]] = {"descent": Descent, "adaround": AdaRound, "adaquant": AdaQuant}
 # So many samples tell the channels of a network apart, and so many others which of two models is better.
 FEW, HELD_OUT = 64, 32
@@ -177,10 +178,18 @@ def _reconstruct(
         return m.logged(LogEntry("reconstruct", None, "left out: there are no data"))
     if method == "nearest":
         return m.logged(LogEntry("reconstruct", None, "left out: weights are rounded to the nearest code"))
+    if method == "blocks":
+        if inputs == "float":
+            raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
+        start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
+        options = Blocks(iterations=iterations)
+        return refine(start, c.source, options, seed=c.seed, time_limit=c.time_limit, kept=c.kept, progress=c.progress)
     solver = METHODS[method]()
     if iterations:
         if not solver.iterations:
-            raise UsageError(f"method '{method}' takes no iterations: leave them out, or choose adaround or adaquant")
+            raise UsageError(
+                f"method '{method}' takes no iterations: leave them out, or choose adaround, adaquant or blocks"
+            )
         solver = replace(solver, iterations=iterations)  # type: ignore[type-var]
     return reconstruct(
         m, c.source, solver, inputs=inputs, activations=activations, seed=c.seed, budget=c.memory,

@@ -17,17 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize, quantize
-from halfbyte.calibrate import BIAS_LIMIT, Progress, saturates, silent
+from halfbyte.calibrate import BIAS_LIMIT, Progress, regridded, saturates, silent
 from halfbyte.errors import DataError, StoreError, UsageError
 from halfbyte.graph import bias_of, layers, macs, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
 from halfbyte.second_moments import Patches, gathered
-from halfbyte.walk import Frontier, walk
+from halfbyte.walk import Frontier, read_alone, walk
 
 _HELD_OUT = 8  # one sample of so many decides, the others fit
 _HELD_OUT_ROWS = 4096
+_GRID = ("scale", "zero", "lo", "hi")
 _PROBE = 10  # iterations that tell how long a learned method takes
 
 
@@ -59,7 +60,7 @@ def reconstruct(
     fit, held = split(data)
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
     clock = _Clock(solver, time_limit, [n for n in order if not _why_not(m, n)])
-    store = _Kept(kept, repr(solver), inputs, seed)
+    store = Kept(kept, repr(solver), inputs, seed)
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
         reason = _why_not(now, layer)
@@ -67,14 +68,23 @@ def reconstruct(
             return now.logged(LogEntry("reconstruct", value_name(layer), f"left as it is: {reason}"))
         known = store.read(layer, order[layer])
         if known is None:
-            parts = gathered(layer, x[len(fit) :], y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer]))
-            p = problem(now, layer, x[: len(fit)], y[: len(fit)], _joined(parts), seed + order[layer])
+            raw = x if solver.unrounded and layer.args[0] in free else None
+            grid = now.grid(value_name(layer.args[0])) if raw is not None else None  # type: ignore[arg-type]
+
+            def held_out(grid: Grid | None) -> Patches:
+                seen = x[len(fit) :] if grid is None else [fake_quantize(t, grid) for t in x[len(fit) :]]
+                return _joined(gathered(layer, seen, y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer])))
+
+            read = x[: len(fit)] if grid is None else [fake_quantize(t, grid) for t in x[: len(fit)]]
+            p = problem(now, layer, read, y[: len(fit)], held_out(grid), seed + order[layer])
+            p = replace(p, raw_inputs=None if raw is None else raw[: len(fit)])
             p = replace(p, progress=lambda i, n: progress(f"{solver.name} {value_name(layer)}", i, n))
-            known = _solved(now, p, clock.solver_for(p))
+            known = _solved(now, p, clock.solver_for(p), held_out)
             store.write(layer, order[layer], known)
         progress("reconstruct", order[layer] + 1, len(order))
         return known.applied(now, layer)
 
+    free = read_alone(m) if solver.unrounded and activations else frozenset()
     running = m if activations else replace(m, grids={k: g for k, g in m.grids.items() if k in _parameters(m)})
     with store.interruptible():
         done = walk(
@@ -83,6 +93,7 @@ def reconstruct(
             visit,
             quantized_inputs=inputs == "quantized",
             residual=solver.residual,
+            unrounded=solver.unrounded,
             budget=budget,
         )
     return replace(done, grids={**m.grids, **done.grids}).logged(*clock.log)
@@ -181,17 +192,20 @@ class _Solved:
         tuned = {**m.tuned, str(weight.target): self.solution.weight.to(device)}
         if bias is not None and self.solution.bias is not None:
             tuned[str(bias.target)] = self.solution.bias.to(device)
-        return replace(m, tuned=tuned, grids={**m.grids, value_name(weight): self.solution.grid.to(device)})
+        m = replace(m, tuned=tuned, grids={**m.grids, value_name(weight): self.solution.grid.to(device)})
+        read = self.solution.input_grid
+        return m if read is None else regridded(m, {value_name(layer.args[0]): read.to(device)})  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _solved(m: QModel, p: Problem, solver: LayerSolver) -> _Solved:
+def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid | None], Patches]) -> _Solved:
     """The solution, or what was, whichever does better on the held-out samples."""
     weight = weight_of(p.layer)
     assert weight is not None
     before = p.loss(fake_quantize(m.parameters[str(weight.target)], p.grid), p.bias)
     found = solver.solve(p)
-    after = p.loss(found.weight, p.bias if found.bias is None else found.bias)
+    judged = p if found.input_grid is None else replace(p, held_out=held_out(found.input_grid))
+    after = judged.loss(found.weight, p.bias if found.bias is None else found.bias)
     signal = max(float(p.held_out.outputs.double().square().mean(1).sum()), 1e-30)
     moved = moves(found.weight, p.weight, found.grid)
     kept = after <= before
@@ -244,7 +258,7 @@ def _with_iterations(solver: LayerSolver, count: int) -> LayerSolver:
     return replace(solver, iterations=count)  # type: ignore[type-var]
 
 
-class _Kept:
+class Kept:
     """Solved layers in a folder, a file each, written whole or not at all."""
 
     def __init__(self, folder: Path | None, *identity: object) -> None:
@@ -256,8 +270,7 @@ class _Kept:
 
     def read(self, layer: fx.Node, index: int) -> _Solved | None:
         """What was kept of a layer; None if nothing was, or by another method."""
-        if self.stopped:
-            raise KeyboardInterrupt
+        self.go_on()
         if self.folder is None or not self._file(index).exists():
             return None
         try:
@@ -271,7 +284,9 @@ class _Kept:
         if "weight" not in t:
             return _Solved(None, about["message"], about["figures"])
         grid = Grid(t["scale"], t["zero"], t["lo"], t["hi"], axis=about["axis"], group=about["group"])
-        return _Solved(Solution(t["weight"], grid, t.get("bias")), about["message"], about["figures"])
+        ends = [t[f"input {k}"] for k in _GRID] if "input scale" in t else None
+        solution = Solution(t["weight"], grid, t.get("bias"), input_grid=None if ends is None else Grid(*ends))
+        return _Solved(solution, about["message"], about["figures"])
 
     def write(self, layer: fx.Node, index: int, solved: _Solved) -> None:
         """Keep a layer."""
@@ -285,6 +300,8 @@ class _Kept:
             about |= {"axis": g.axis, "group": g.group}  # type: ignore[dict-item]
             t = {"weight": found.weight, "scale": g.scale, "zero": g.zero, "lo": g.lo, "hi": g.hi}
             t |= {} if found.bias is None else {"bias": found.bias}
+            if found.input_grid is not None:
+                t |= {f"input {k}": getattr(found.input_grid, k) for k in _GRID}
         part = self._file(index).with_suffix(".part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -310,7 +327,11 @@ class _Kept:
         before = signal.signal(signal.SIGINT, stop)
         try:
             yield
+            self.go_on()
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def go_on(self) -> None:
+        """End here if Ctrl-C was pressed."""
         if self.stopped:
             raise KeyboardInterrupt

@@ -70,6 +70,7 @@ def walk(
     *,
     quantized_inputs: bool = True,
     residual: bool = False,
+    unrounded: bool = False,
     budget: int | None = None,
     progress: Visited | None = None,
 ) -> QModel:
@@ -77,13 +78,14 @@ def walk(
 
     quantized_inputs: each layer sees what the network so far, quantized and changed, gives it; else what the float network
     does. residual: where an addition alone reads a layer, the layer should also make up for what the addition's other operand
-    is off; else it should put out what it does in float. budget: bytes of running values to hold in memory. Parameters that
-    ``visit`` puts in ``tuned`` count from its layer on. Returns what the last visit returned. Raises :class:`DataError` if
-    there are no data.
+    is off; else it should put out what it does in float. unrounded: what a layer alone reads (:func:`read_alone`) is handed
+    over before its own grid rounds it, so that ``visit`` may choose the grid. budget: bytes of running values to hold in
+    memory. Parameters that ``visit`` puts in ``tuned`` count from its layer on. Returns what the last visit returned. Raises
+    :class:`DataError` if there are no data.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = _Store(budget, folder)
-        reference, stream = _Stream(m, store), _Stream(m, store)
+        reference, stream = _Stream(m, store), _Stream(m, store, read_alone(m) if unrounded else frozenset())
         batches = [tuple(batch) for batch in data]
         if not batches:
             raise DataError("there are no data to work with")
@@ -115,6 +117,21 @@ def walk(
     return m
 
 
+def read_alone(m: QModel) -> frozenset[fx.Node]:
+    """Values with a grid of their own that one layer alone reads."""
+    every = set(layers(m.graph))
+    roots = set(m.ties.values())
+
+    def alone(node: fx.Node) -> bool:
+        if node.op == "get_attr" or "value" not in node.meta or len(node.users) != 1:
+            return False
+        name, (reader,) = value_name(node), node.users
+        own = name in m.grids and name not in m.ties and name not in roots
+        return own and m.plan.get(name) is not None and reader in every and reader.args[0] is node
+
+    return frozenset(n for n in m.graph.nodes if alone(n))
+
+
 def _other_operand(layer: fx.Node, stream: "_Stream") -> fx.Node | None:
     """What an addition that alone reads the layer adds to it, if that is of the same shape and has been computed already."""
     if len(layer.users) != 1:
@@ -130,8 +147,9 @@ def _other_operand(layer: fx.Node, stream: "_Stream") -> fx.Node | None:
 class _Stream:
     """One of the two networks: the values at the frontier, for each batch."""
 
-    def __init__(self, m: QModel, store: _Store) -> None:
+    def __init__(self, m: QModel, store: _Store, later: frozenset[fx.Node] = frozenset()) -> None:
         self.store, self.freed = store, last_uses(m.graph)
+        self.later = later  # rounded when they are read, not when they are made
         self.values: list[dict[fx.Node, Any]] = []
 
     def start(self, batches: int) -> None:
@@ -144,7 +162,7 @@ class _Stream:
 
         def load(n: fx.Node) -> Any:
             if n.op != "get_attr":
-                return env[n]
+                return fake_quantize(env[n], quantize.grid(value_name(n))) if quantize and n in self.later else env[n]  # type: ignore[arg-type]
             value = params[str(n.target)]
             grid = quantize.grid(value_name(n)) if quantize is not None else None
             if grid is None:
@@ -182,7 +200,7 @@ class _Stream:
             else:
                 result = self.evaluate(params, node, i, quantize, known)
             grid = quantize.grid(value_name(node)) if quantize is not None and "value" in node.meta else None
-            if grid is not None and isinstance(result, Tensor):
+            if grid is not None and isinstance(result, Tensor) and node not in self.later:
                 result = fake_quantize(result, grid)
             env[node] = result
             made.add(node)

@@ -120,6 +120,7 @@ class AdaQuant:
     range_rate: float = 3e-4
     input_range_rate: float = 1e-2
     residual: bool = False
+    unrounded: bool = True
     name: Literal["adaquant"] = "adaquant"
 
     def __post_init__(self) -> None:

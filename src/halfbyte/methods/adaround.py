@@ -113,6 +113,7 @@ class AdaRound:
     beta: tuple[float, float] = (20.0, 2.0)
     warm_start: float = 0.2
     residual: bool = False
+    unrounded: bool = False
     name: Literal["adaround"] = "adaround"
 
     def __post_init__(self) -> None:
