@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from halfbyte.affine import Grid, fake_quantize
+from halfbyte.affine import Grid, fake_quantize, power_of_two
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
@@ -25,6 +25,8 @@ from halfbyte.second_moments import Accumulator, SecondMoments, gathered
 
 _BLOCK = 64  # columns between two updates of all other columns
 _LEAST_ROWS = 8192
+# Second moments of few rows are uncertain, the more the more inputs there are; codes chosen by them are held to the diagonal.
+_LEAST_DAMPING, _SHRINKAGE = 0.01, 0.2
 _SETTLED = 1e-3  # a sweep that moves no larger share of the codes was the last
 Rounding = Literal["free", "adjacent"]
 
@@ -33,10 +35,10 @@ Rounding = Literal["free", "adjacent"]
 class Descent:
     """Descent over the integers, the default below eight bits.
 
-    rows: patches gathered for each input of a layer (8192 at least). damping: shares of G's mean diagonal to choose from on
-    held-out samples; besides them W* = W, which ignores the input error. rounding: ``free`` moves codes anywhere on the grid,
-    ``adjacent`` only to the two neighbours of W* / s. scales: factors on the scale of least squared error to start from.
-    sweeps: at most so many passes over the inputs.
+    rows: patches gathered for each input of a layer (8192 at least). damping: shares of G's mean diagonal, of which W* takes the
+    one that does best on held-out samples; besides them W* = W, which ignores the input error. rounding: ``free`` moves codes
+    anywhere on the grid, ``adjacent`` only to the two neighbours of W* / s. scales: factors on the scale of least squared error
+    to start from. sweeps: passes over the inputs between two fits of the scales; rounds: how often the scales are fitted.
     """
 
     rows: float = 6.0
@@ -61,14 +63,15 @@ class Descent:
             sums.add(patches)
         moments = sums.moments(centred=p.bias is not None)
         damping, best = self._damped(p, moments, parts)
-        gram = damped(moments.gram, damping)
+        gram = damped(moments.gram, max(_LEAST_DAMPING, _SHRINKAGE * parts.shape[2] / moments.rows))
         target = unblocks(layer, best.reshape(blocks(layer, w).shape), w.shape)
         power = unblocks(
             layer, gram.diagonal(dim1=1, dim2=2)[:, None].expand_as(best).reshape(blocks(layer, w).shape), w.shape
         )
         start = MSE().weight(target, p.form, p.pairs, power)
         if p.floor is not None and start.group is None:
-            start = replace(start, scale=torch.maximum(start.scale, p.floor))
+            floor = power_of_two(p.floor) if p.form.power_of_two else p.floor
+            start = replace(start, scale=torch.maximum(start.scale, floor))
         if p.pairs and p.form.bits == 8:  # the limits that keep pairs from saturating hold for nearest rounding
             rounded, grid = fake_quantize(target, start), start
         else:
@@ -77,17 +80,18 @@ class Descent:
         if p.bias is not None:
             found = blocks(layer, rounded).flatten(2)
             bias = (moments.y_mean - (found @ moments.x_mean[:, :, None])[:, :, 0]).flatten().to(p.bias)
-        return Solution(rounded, grid, bias, f"damping {damping:g}")
+        note = "W* = W" if damping is None else f"damping {damping:g}"
+        return Solution(rounded, grid, bias, note)
 
-    def _damped(self, p: Problem, moments: SecondMoments, w: Tensor) -> tuple[float, Tensor]:
-        """The damping whose W* does best on held-out samples, and W* (without rounding)."""
-        best, least, chosen = w, p.held_out_loss(w, _mean_bias(p, moments, w)), float("inf")
+    def _damped(self, p: Problem, moments: SecondMoments, w: Tensor) -> tuple[float | None, Tensor]:
+        """The damping whose W* does best on held-out samples, and W* (without rounding); None for W* = W."""
+        best, least, chosen = w, p.held_out_loss(w, _mean_bias(p, moments, w)), None
         for d in self.damping:
             found = corrected(moments, w, d)
             loss = p.held_out_loss(found, _mean_bias(p, moments, found))
             if loss < least:
                 best, least, chosen = found, loss, d
-        return (max(self.damping) if chosen == float("inf") else chosen), best
+        return chosen, best
 
     def _rounded(self, p: Problem, target: Tensor, best: Tensor, gram: Tensor, start: Grid) -> tuple[Tensor, Grid]:
         """Codes and scales of least loss, from several starts."""
@@ -162,10 +166,12 @@ class _Rows:
         """From every factor on the scale, nearest rounding and the greedy pass; each output keeps the best."""
         inverse = _inverse_factor(self.gram)
         scale, best = self.scale, torch.full_like(self.losses(), float("inf"))
+        factors = (1.0,) if self.p.form.power_of_two else factors
         tried = []
         shared = self.start.axis is None  # one scale for all outputs: the best in sum, not the best of each
         for factor in factors:
-            self.scale = scale * factor if self.p.floor is None else torch.maximum(scale * factor, self._floor())
+            wide = scale * factor
+            self.scale = wide if self.p.floor is None or factor == 1.0 else torch.maximum(wide, self._floor())
             for codes in (self._nearest(rounding), self._greedy(inverse, rounding)):
                 self.codes = codes
                 tried.append((self.losses(), self.scale, codes))

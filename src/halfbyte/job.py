@@ -21,7 +21,7 @@ from halfbyte.capture import capture
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import parse_bits
-from halfbyte.model import QModel
+from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
@@ -156,13 +156,29 @@ def quantize_job(
     """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
     out = Path(settings.output)
     check_output(out, resume=resume, overwrite=overwrite)
-    weight_bits, activation_bits = parse_bits(settings.bits)
+    parse_bits(settings.bits)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     target = find(settings.target, saturates=engine.saturates())
     recipe = chosen_recipe(settings)
     stages = Stages(progress)
     m = _resumed(out, settings) if resume else None
+    new = not out.exists()
+    try:
+        m, stages = _quantized(out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress)
+    except BaseException:
+        if new and not (out / CHECKPOINT / LAYERS).exists() and not (out / CHECKPOINT / "graph.json").exists():
+            shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run
+        raise
+    return _finish(out, settings, m, stages, command)
+
+
+def _quantized(
+    out: Path, settings: Settings, m: QModel | None, stages: Stages, target: Target, recipe: Recipe,
+    preprocess: Preprocess | None, ranges: Mapping[str, tuple[float, float]], overwrite: bool, progress: Progress,
+) -> tuple[QModel, Stages]:  # fmt: skip
+    """The quantized model: captured and quantized, or as an interrupted run has left it."""
+    weight_bits, activation_bits = parse_bits(settings.bits)
     if m is None:
         if overwrite and out.exists():
             _clear(out)
@@ -195,7 +211,7 @@ def quantize_job(
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
-    return _finish(out, settings, m, stages, command)
+    return m, stages
 
 
 def chosen_recipe(settings: Settings) -> Recipe:
@@ -209,8 +225,10 @@ def chosen_recipe(settings: Settings) -> Recipe:
     }
     recipe = recipe.changed("calibrate", **rules)
     learned = {"method": settings.rounding, "iterations": settings.iterations}
-    if any(v is not None for v in learned.values()) and not recipe.has("reconstruct"):
-        what = "--rounding" if settings.rounding is not None else "--iterations"
+    asked = {"--rounding": settings.rounding, "--iterations": settings.iterations, "--time-limit": settings.time_limit}
+    given = [option for option, value in asked.items() if value is not None]
+    if given and not recipe.has("reconstruct"):
+        what = given[0]
         raise UsageError(
             f"recipe '{recipe.name}' has no step reconstruct, which {what} is for: choose --recipe low-bit"
         )

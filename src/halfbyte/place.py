@@ -19,6 +19,7 @@ from halfbyte.graph import (
     activation_inputs,
     channel_axis,
     editable,
+    groups,
     has_computed_bias,
     is_output,
     is_real,
@@ -28,7 +29,7 @@ from halfbyte.graph import (
     weight_of,
 )
 from halfbyte.model import LogEntry, QModel, Target, value_name
-from halfbyte.ops import REQUANTIZE, Kind, kind
+from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, kind
 from halfbyte.targets import activation_format, weight_format
 
 Overrides = Mapping[str, Format | None]
@@ -112,7 +113,7 @@ def place(
     for node in m.graph.nodes:
         weight = weight_of(node) if kind(node) in COMPUTE[:3] else None
         if weight is not None and (node in marks.integer or _stored_only(node, marks)):
-            plan[value_name(weight)] = weight_format(target, weight_bits, channel_axis(node))
+            plan[value_name(weight)] = weight_format(target, weight_bits, _scale_axis(node))
             if node not in marks.integer:
                 log.append(
                     LogEntry("place", value_name(weight), f"stored in {weight_bits} bits: {marks.reasons[node]}")
@@ -132,6 +133,13 @@ def place(
             "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
         )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
+
+
+def _scale_axis(layer: fx.Node) -> int | None:
+    """Along which dimension of its weight a layer's output channels lie; None if they are spread over groups of inputs."""
+    if layer.target is CONV_TRANSPOSE and groups(layer) > 1 and weight_of(layer).meta["shape"][1] != 1:  # type: ignore[union-attr]
+        return None
+    return channel_axis(layer)
 
 
 def _spared(graph: fx.Graph, plan: dict[str, Format | None], ties: Mapping[str, str]) -> list[LogEntry]:

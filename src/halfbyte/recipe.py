@@ -177,6 +177,10 @@ def _reconstruct(
     if c.source is None:
         return m.logged(LogEntry("reconstruct", None, "left out: there are no data"))
     if method == "nearest":
+        if iterations:
+            raise UsageError(
+                "method 'nearest' takes no iterations: leave them out, or choose adaround, adaquant or blocks"
+            )
         return m.logged(LogEntry("reconstruct", None, "left out: weights are rounded to the nearest code"))
     if method == "blocks":
         if inputs == "float":

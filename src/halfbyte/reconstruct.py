@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def reconstruct(
     fit, held = split(data)
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
     clock = _Clock(solver, time_limit, [n for n in order if not _why_not(m, n)])
-    store = Kept(kept, repr(solver), inputs, seed)
+    store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else _fingerprint(m, [*fit, *held]))
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
         reason = _why_not(now, layer)
@@ -76,7 +77,8 @@ def reconstruct(
                 return _joined(gathered(layer, seen, y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer])))
 
             read = x[: len(fit)] if grid is None else [fake_quantize(t, grid) for t in x[: len(fit)]]
-            p = problem(now, layer, read, y[: len(fit)], held_out(grid), seed + order[layer])
+            full = now if activations else replace(now, grids={**m.grids, **now.grids})
+            p = problem(full, layer, read, y[: len(fit)], held_out(grid), seed + order[layer])
             p = replace(p, raw_inputs=None if raw is None else raw[: len(fit)])
             p = replace(p, progress=lambda i, n: progress(f"{solver.name} {value_name(layer)}", i, n))
             known = _solved(now, p, clock.solver_for(p), held_out)
@@ -97,6 +99,14 @@ def reconstruct(
             budget=budget,
         )
     return replace(done, grids={**m.grids, **done.grids}).logged(*clock.log)
+
+
+def _fingerprint(m: QModel, data: Iterable[Inputs]) -> int:
+    """A number that tells parameters and samples apart."""
+    found = 0
+    for t in (*m.params.values(), *(t for batch in data for t in batch)):
+        found = zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes(), found)
+    return found
 
 
 def _generator(seed: int, layer: int) -> torch.Generator:
@@ -204,6 +214,8 @@ def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid
     assert weight is not None
     before = p.loss(fake_quantize(m.parameters[str(weight.target)], p.grid), p.bias)
     found = solver.solve(p)
+    if not all(bool(torch.isfinite(t).all()) for t in (found.weight, found.grid.scale)):
+        return _Solved(None, f"left as it is, for {solver.name} ended in NaN or infinity")
     judged = p if found.input_grid is None else replace(p, held_out=held_out(found.input_grid))
     after = judged.loss(found.weight, p.bias if found.bias is None else found.bias)
     signal = max(float(p.held_out.outputs.double().square().mean(1).sum()), 1e-30)
@@ -236,7 +248,7 @@ class _Clock:
 
     def solver_for(self, p: Problem) -> LayerSolver:
         """The solver with as many iterations as its share of the time allows."""
-        if self.limit is None or not self.solver.iterations:
+        if self.limit is None or self.solver.iterations <= _PROBE:
             return self.solver
         self.end = self.end or time.monotonic() + self.limit
         left = self.waiting[self.waiting.index(p.layer) :]
@@ -277,15 +289,25 @@ class Kept:
             with safe_open(self._file(index), "pt") as file:
                 about = json.loads(file.metadata()["about"])
                 t = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if about["identity"] != self.identity or about["layer"] != value_name(layer):
+                return None
+            return self._solved(about, t)
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
             raise StoreError(f"'{self._file(index)}' is damaged: delete it, its layer is then solved again") from error
-        if about["identity"] != self.identity or about["layer"] != value_name(layer):
-            return None
-        if "weight" not in t:
+
+    @staticmethod
+    def _solved(about: Mapping[str, Any], t: Mapping[str, Tensor]) -> _Solved:
+        """What a file says."""
+        if not about["kept"]:
             return _Solved(None, about["message"], about["figures"])
         grid = Grid(t["scale"], t["zero"], t["lo"], t["hi"], axis=about["axis"], group=about["group"])
         ends = [t[f"input {k}"] for k in _GRID] if "input scale" in t else None
-        solution = Solution(t["weight"], grid, t.get("bias"), input_grid=None if ends is None else Grid(*ends))
+        solution = Solution(
+            t["weight"],
+            grid,
+            t.get("bias"),
+            input_grid=None if ends is None else Grid(ends[0], ends[1], ends[2], ends[3]),
+        )
         return _Solved(solution, about["message"], about["figures"])
 
     def write(self, layer: fx.Node, index: int, solved: _Solved) -> None:
@@ -293,11 +315,16 @@ class Kept:
         if self.folder is None:
             return
         found, t = solved.solution, {"": torch.zeros(1)}
-        about = {"identity": self.identity, "layer": value_name(layer), "message": solved.message}
-        about |= {"figures": solved.figures, "axis": None, "group": None}  # type: ignore[dict-item]
+        about = {
+            "identity": self.identity,
+            "layer": value_name(layer),
+            "message": solved.message,
+            "kept": found is not None,
+        }
+        about |= {"figures": solved.figures, "axis": None, "group": None}
         if found is not None:
             g = found.grid
-            about |= {"axis": g.axis, "group": g.group}  # type: ignore[dict-item]
+            about |= {"axis": g.axis, "group": g.group}
             t = {"weight": found.weight, "scale": g.scale, "zero": g.zero, "lo": g.lo, "hi": g.hi}
             t |= {} if found.bias is None else {"bias": found.bias}
             if found.input_grid is not None:
@@ -309,7 +336,8 @@ class Kept:
             save_file(whole, part, metadata={"about": json.dumps(about)})
             os.replace(part, self._file(index))
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise StoreError(f"cannot keep a solved layer in '{self.folder}': {error}") from error
 
     @contextmanager

@@ -71,6 +71,6 @@ def activation_format(target: Target, bits: int) -> Format:
     return Format(bits, signed=target.signed_activations)
 
 
-def weight_format(target: Target, bits: int, axis: int) -> Format:
+def weight_format(target: Target, bits: int, axis: int | None) -> Format:
     """The format of a weight: signed, symmetric, without the most negative code, per channel where the target can."""
     return Format(bits, signed=True, symmetric=True, narrow=True, axis=axis if target.per_channel else None)
