@@ -108,6 +108,8 @@ def place(
     _check_overrides(m, overrides)
     marks = _mark(m.graph, target, overrides)
     _insert_requantize(m.graph, marks)
+    if not uniform and activation_bits < _SPARED_BITS:
+        _insert_narrow(m.graph, marks)
     plan: dict[str, Format | None] = {}
     log: list[LogEntry] = []
     for node in m.graph.nodes:
@@ -135,6 +137,28 @@ def place(
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
 
 
+def _ends(every: list[fx.Node]) -> list[fx.Node]:
+    """The first and the last layer."""
+    return every[:1] + every[-1:]
+
+
+def _insert_narrow(graph: fx.Graph, marks: _Marks) -> None:
+    """Where a sum and layers read the same value, the layers get a copy of fewer bits, and the sum keeps the wide one."""
+    ends = _ends([n for n in layers(graph) if n in marks.integer])
+    for node in list(tensors(graph)):
+        if not marks.carries(node) or marks.absorbed(node) or node.op == "get_attr":
+            continue
+        narrow = [u for u in node.users if kind(u) in COMPUTE and u in marks.integer and u not in ends]
+        wide = [u for u in node.users if u not in narrow and kind(u) in FOLLOWING and u in marks.integer]
+        if narrow and wide:
+            with graph.inserting_after(node):
+                copy = graph.create_node("call_function", REQUANTIZE, (node,))
+            copy.meta = {**node.meta, "value": value_name(node) + ":quantized"}
+            marks.integer.add(copy)
+            for user in narrow:
+                user.replace_input_with(node, copy)
+
+
 def _scale_axis(layer: fx.Node) -> int | None:
     """Along which dimension of its weight a layer's output channels lie; None if they are spread over groups of inputs."""
     if layer.target is CONV_TRANSPOSE and groups(layer) > 1 and weight_of(layer).meta["shape"][1] != 1:  # type: ignore[union-attr]
@@ -145,7 +169,7 @@ def _scale_axis(layer: fx.Node) -> int | None:
 def _spared(graph: fx.Graph, plan: dict[str, Format | None], ties: Mapping[str, str]) -> list[LogEntry]:
     """Widen to 8 bits the first and the last layer, and running values that no other layer multiplies."""
     every = [n for n in layers(graph) if plan.get(value_name(n.args[1])) is not None]  # type: ignore[arg-type]
-    ends = every[:1] + every[-1:]
+    ends = _ends(every)
     narrow = set()
     for node in graph.nodes:
         if kind(node) in COMPUTE and node not in ends:
