@@ -47,8 +47,8 @@ class Blocks:
     iterations: int = 0
     batch: int = 16
     layers: int = 3
-    rate: float = 0.01
-    scale_rate: float = 1e-3
+    rate: float = 0.03
+    scale_rate: float = 3e-3
     drop: float = 0.0
     weighting: Literal["plain", "gradient"] = "plain"
     name: Literal["blocks"] = "blocks"
