@@ -214,10 +214,11 @@ def dfq(found: list[dict[str, Any]]) -> list[str]:
             f"{worst:.1e} of the largest.",
         ]
         if "file" in r:
-            f, d = r["file"], r["file"]["difference"]
+            f, d = r["file"], r["file"].get("difference")
+            interval = f" ({d['low']:+.2f} to {d['high']:+.2f})" if d else ""
             out.append(
-                f"The file without data: top-1 {percent(f['file'])}, {d['points']:+.2f} points from float ({d['low']:+.2f} to "
-                f"{d['high']:+.2f}); it decides as the integer simulation on {percent(f['agreement']['file_simulation'])} % of "
+                f"The file without data: top-1 {percent(f['file'])}, {100 * (f['file'] - f['float']):+.2f} points from float"
+                f"{interval}; it decides as the integer simulation on {percent(f['agreement']['file_simulation'])} % of "
                 "the images."
             )
     return out

@@ -1,0 +1,149 @@
+"""Blocks of layers refined together: where the graph is cut, and what must hold whatever the gradients do."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte import targets
+from halfbyte.affine import fake_quantize
+from halfbyte.blocks import blocks_of
+from halfbyte.graph import layers, weight_of
+from halfbyte.model import value_name
+
+SHORT = hb.Blocks(iterations=6, batch=8, layers=2)
+
+
+class Residual(nn.Module):
+    """Two residual blocks, one of them depthwise, with limits for each channel and a linear end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.c, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.b(nn.functional.relu6(self.a(x))))
+        x = x + self.d(torch.relu(self.c(x)))
+        y: Tensor = self.last(x.mean((2, 3)))
+        return y
+
+
+def samples(count: int = 48, seed: int = 1) -> list[tuple[Tensor]]:
+    x = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return [(part,) for part in nn.functional.avg_pool2d(x, 3, 1, 1).split(16)]
+
+
+@pytest.fixture(scope="module")
+def start() -> hb.QModel:
+    """Four-bit weights and running values, weights by descent."""
+    torch.manual_seed(0)
+    m = hb.equalize(hb.capture(Residual().eval(), (torch.zeros(2, 3, 16, 16),)), activation_bits=4, weight_bits=4)
+    placed = hb.place(m, targets.GENERIC, weight_bits=4, activation_bits=4, uniform=False)
+    return hb.reconstruct(hb.calibrate(placed, samples()), samples(), hb.Descent())
+
+
+def off(m: hb.QModel, seed: int = 2) -> float:
+    (batch,) = samples(16, seed)
+    reference, found = hb.run(m.as_float(), batch)[0], hb.run(m, batch, hb.simulate(m))[0]
+    return float((reference - found).square().mean())
+
+
+def test_cuts_lie_where_one_value_carries_everything(start: hb.QModel) -> None:
+    parts = blocks_of(start, 2)
+    assert [n for part in parts for n in part] == [n for n in start.graph.nodes if n.op != "output"]
+    assert len(parts) > 1
+    every = set(layers(start.graph))
+    for at, part in enumerate(parts[:-1]):
+        assert sum(n in every for n in part) >= 2
+        later = {n for rest in parts[at + 1 :] for n in rest}
+        crossing = [n for n in part if n.op == "call_function" and any(u in later for u in n.users)]
+        assert crossing == part[-1:]
+
+
+def test_a_network_without_a_cut_is_one_block() -> None:
+    class Ladder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x)
+            return y + self.c(torch.relu(self.b(torch.relu(y))))
+
+    assert len(blocks_of(hb.capture(Ladder().eval(), (torch.zeros(2, 4),)), 2)) == 1
+
+
+@pytest.mark.parametrize("options", [SHORT, replace(SHORT, drop=0.5), replace(SHORT, weighting="gradient")])
+def test_refining_keeps_the_laws(start: hb.QModel, options: hb.Blocks) -> None:
+    m = hb.refine(start, samples(), options)
+    for layer in layers(m.graph):
+        weight = weight_of(layer)
+        assert weight is not None
+        grid = m.grid(value_name(weight))
+        assert grid is not None
+        w = m.parameters[str(weight.target)]
+        assert torch.equal(fake_quantize(w, grid), w)
+    entries = [e for e in m.log if e.stage == "blocks"]
+    assert len(entries) == len(blocks_of(start, options.layers))
+    assert all(e.figures["after"] <= e.figures["before"] for e in entries)
+    assert m.plan == start.plan and start.tuned != {}
+
+
+def test_more_steps_bring_the_outputs_nearer(start: hb.QModel) -> None:
+    refined = hb.refine(start, samples(192), hb.Blocks(epochs=12, batch=16, layers=2))
+    assert off(refined) < off(start)
+
+
+def test_scales_of_running_values_move_and_limits_follow(start: hb.QModel) -> None:
+    m = hb.refine(start, samples(), replace(SHORT, iterations=20, scale_rate=0.02))
+    narrow = [n for n in start.grids if (f := start.plan.get(n)) is not None and f.bits == 4 and not f.signed]
+    moved = [n for n in narrow if not torch.equal(m.grids[n].scale, start.grids[n].scale)]
+    assert moved
+    relu6 = next(n for n in start.plan if n.startswith("relu6") and start.plan[n] is not None)
+    grid = m.grid(relu6)
+    assert grid is not None
+    limit = m.parameters.get(f"{relu6}:upper", torch.tensor(6.0))
+    assert bool((grid.maximum <= limit + grid.scale).all())
+
+
+def test_the_same_seed_gives_the_same_bits_and_a_kept_run_goes_on(start: hb.QModel, tmp_path: Path) -> None:
+    whole = hb.refine(start, samples(), SHORT)
+    seen = 0
+
+    def stop(stage: str, done: int, _total: int | None) -> None:
+        nonlocal seen
+        if stage == "blocks" and done == 1:
+            seen += 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hb.refine(start, samples(), SHORT, kept=tmp_path, progress=stop)
+    resumed = hb.refine(start, samples(), SHORT, kept=tmp_path)
+    assert seen == 1
+    assert whole.tuned.keys() == resumed.tuned.keys()
+    assert all(torch.equal(whole.tuned[k], resumed.tuned[k]) for k in whole.tuned)
+    assert all(torch.equal(whole.grids[k].scale, resumed.grids[k].scale) for k in whole.grids)
+
+
+def test_a_time_limit_takes_fewer_steps(start: hb.QModel) -> None:
+    m = hb.refine(start, samples(), replace(SHORT, iterations=100_000), time_limit=2.0)
+    assert all(e.figures["steps"] < 100_000 for e in m.log if e.stage == "blocks")
+
+
+def test_wrong_use_is_one_sentence(start: hb.QModel) -> None:
+    with pytest.raises(hb.UsageError, match="nothing to refine yet"):
+        hb.refine(start.as_float(), samples(), SHORT)
+    with pytest.raises(hb.UsageError, match="drop"):
+        hb.Blocks(drop=1.0)
+
+
+def test_a_refined_file_is_proven(start: hb.QModel, tmp_path: Path) -> None:
+    parity = hb.export_onnx(hb.refine(start, samples(), SHORT), tmp_path / "model.onnx")
+    assert parity.proven and parity.integer_mismatches == 0
