@@ -38,7 +38,8 @@ class Blocks:
 
     epochs: passes over the samples, for each block; iterations: steps of each block instead. batch: samples at a time. layers:
     a block has at least so many, unless the network ends. rate: of the codes, in steps of the grid; scale_rate: of logarithms
-    of scales, and of biases in standard deviations of the output they shift. drop: share of running values left unrounded at
+    of scales, and of biases in standard deviations of the output they shift, as a share of the block's relative error: what is
+    nearly right moves in small steps. drop: share of running values left unrounded at
     random. weighting: ``gradient`` counts each channel's error by the squared gradient of the network's outputs with respect to
     it.
     """
@@ -47,8 +48,8 @@ class Blocks:
     iterations: int = 0
     batch: int = 16
     layers: int = 3
-    rate: float = 0.03
-    scale_rate: float = 3e-3
+    rate: float = 0.02
+    scale_rate: float = 0.02
     drop: float = 0.0
     weighting: Literal["plain", "gradient"] = "plain"
     name: Literal["blocks"] = "blocks"
@@ -347,7 +348,7 @@ class _Block(_Rounding):
         self._unit_of_biases(sliced(env, first, total))
         before = self._loss_on(env, target, held, total)
         best, least = self._state(), before
-        variables = self._variables()
+        variables = self._variables(math.sqrt(max(before, 0.0)))
         planned = self.options.iterations or max(1, math.ceil(self.options.epochs * count / self.options.batch))
         steps = planned
         optimizer = torch.optim.Adam(variables, betas=(0.9, 0.99))
@@ -379,14 +380,14 @@ class _Block(_Rounding):
         )
         return self._written(best).logged(LogEntry("blocks", name, text, figures))
 
-    def _variables(self) -> list[dict[str, Any]]:
-        o = self.options
+    def _variables(self, error: float) -> list[dict[str, Any]]:
+        o, step = self.options, self.options.scale_rate * min(error, 1.0)
         learned = [c for name, (c, _, _) in self.weights.items() if self._bits(name) < 8]
         factors = [f for _, f, _ in self.weights.values()] + list(self.scales.values())
         shifts = [s for s, _ in self.biases.values()]
         for t in (*learned, *factors, *shifts):
             t.requires_grad_()
-        groups = [(learned, o.rate), (factors, o.scale_rate), (shifts, o.scale_rate)]
+        groups = [(learned, o.rate), (factors, step), (shifts, step)]
         return [{"params": g, "lr": rate} for g, rate in groups if g]
 
     def _bits(self, name: str) -> int:
