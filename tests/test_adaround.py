@@ -36,6 +36,7 @@ class Recorder:
 
     problems: list[Problem] = field(default_factory=list)
     residual: bool = False
+    unrounded: bool = False
     iterations: int = 0
     name: Literal["recorder"] = "recorder"
 
