@@ -22,7 +22,7 @@ from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, is_real, layers, macs, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
-from halfbyte.reconstruct import Kept, split
+from halfbyte.reconstruct import Kept, split, why_not
 from halfbyte.run import last_uses
 from halfbyte.store import load, save
 
@@ -78,8 +78,8 @@ def refine(
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
     options = options or Blocks()
-    store = Kept(kept, repr(options), seed)
-    m, done = _resumed(m, kept)
+    store = Kept(kept, options, seed)
+    m, done = _resumed(m, kept, store.identity)
     fit, held = split(data)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
@@ -96,17 +96,20 @@ def refine(
                 m = block.fit(quantized.env, target, count, clock, progress)
                 if kept is not None:
                     save(m, kept / _KEPT)
+                    (kept / _KEPT / "identity.json").write_text(store.identity, encoding="utf-8")
             clock.done()
             quantized.advanced(m, nodes, rounded=True)
             progress("blocks", i + 1, len(found))
     return m
 
 
-def _resumed(m: QModel, kept: Path | None) -> tuple[QModel, int]:
-    """The model behind the last block that was kept, and how many blocks that makes."""
-    if kept is not None and (kept / _KEPT / "graph.json").is_file():
-        m = load(kept / _KEPT)
-    return m, sum(e.stage == "blocks" for e in m.log)
+def _resumed(m: QModel, kept: Path | None, identity: str) -> tuple[QModel, int]:
+    """The model behind the last block that was kept with the same options, and how many blocks that makes."""
+    about = None if kept is None else kept / _KEPT / "identity.json"
+    if about is None or not about.is_file() or about.read_text(encoding="utf-8") != identity:
+        return m, 0
+    found = load(about.parent)
+    return found, sum(e.stage == "blocks" for e in found.log)
 
 
 def blocks_of(m: QModel, least: int) -> list[list[fx.Node]]:
@@ -261,7 +264,7 @@ class _Block(_Rounding):
         self.freed = last_uses(m.graph)
         self.generator = torch.Generator().manual_seed(seed)
         self.dropping = False
-        self.layers = [n for n in nodes if n in set(layers(m.graph)) and self._is_free(n)]
+        self.layers = [n for n in nodes if n in set(layers(m.graph)) and not why_not(m, n)]
         self.weights: dict[
             str, tuple[Tensor, Tensor, Grid]
         ] = {}  # by parameter: codes less zero, log of the factor, grid
@@ -281,12 +284,6 @@ class _Block(_Rounding):
                 inside = any("value" in n.meta and value_name(n) == root for n in nodes)
                 if form is not None and form.bits < _LEARNED_BITS and inside:
                     self.scales[root] = torch.zeros_like(m.grids[root].scale)
-
-    def _is_free(self, layer: fx.Node) -> bool:
-        weight, bias = weight_of(layer), bias_of(layer)
-        if weight is None or self.m.grid(value_name(weight)) is None or len(weight.users) > 1:
-            return False
-        return bias is None or len(bias.users) == 1
 
     def parameter(self, node: fx.Node) -> Tensor:
         """A parameter on its way."""

@@ -60,11 +60,11 @@ def reconstruct(
         raise UsageError("there is no grid to round to yet: call place and calibrate before reconstruct")
     fit, held = split(data)
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
-    clock = _Clock(solver, time_limit, [n for n in order if not _why_not(m, n)])
+    clock = _Clock(solver, time_limit, [n for n in order if not why_not(m, n)])
     store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else _fingerprint(m, [*fit, *held]))
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
-        reason = _why_not(now, layer)
+        reason = why_not(now, layer)
         if reason:
             return now.logged(LogEntry("reconstruct", value_name(layer), f"left as it is: {reason}"))
         known = store.read(layer, order[layer])
@@ -137,7 +137,8 @@ def _joined(parts: list[Patches]) -> Patches:
     return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
 
 
-def _why_not(m: QModel, layer: fx.Node) -> str:
+def why_not(m: QModel, layer: fx.Node) -> str:
+    """Why the weight of a layer cannot be chosen anew; empty if it can."""
     weight, bias = weight_of(layer), bias_of(layer)
     if weight is None or m.grid(value_name(weight)) is None:
         return "its weight is not quantized"
