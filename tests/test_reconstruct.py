@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -536,3 +537,9 @@ def test_losses_are_those_of_the_layer() -> None:
         parts = blocks(p.layer, p.weight).flatten(2)
         bias = None if p.bias is None else p.bias.reshape(parts.shape[:2])
         assert p.loss(p.weight, p.bias) == p.held_out_loss(parts, bias) >= 0
+
+
+def test_a_long_method_says_so_after_its_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["halfbyte.reconstruct"], "_LONG", 0.0)  # the function has the module's name
+    with pytest.warns(UserWarning, match=r"learned: about .* hours for 4 layers.*--time-limit"):
+        hb.reconstruct(calibrated(), batches(), Learned())

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from halfbyte.walk import Frontier, read_alone, walk
 _HELD_OUT = 8  # one sample of so many decides, the others fit
 _HELD_OUT_ROWS = 4096
 _GRID = ("scale", "zero", "lo", "hi")
+_LONG = 600.0  # seconds that a user should know of beforehand
 _PROBE = 10  # iterations that tell how long a learned method takes
 
 
@@ -81,7 +83,9 @@ def reconstruct(
             p = problem(full, layer, read, y[: len(fit)], held_out(grid), seed + order[layer])
             p = replace(p, raw_inputs=None if raw is None else raw[: len(fit)])
             p = replace(p, progress=lambda i, n: progress(f"{solver.name} {value_name(layer)}", i, n))
+            start = time.monotonic()
             known = _solved(now, p, clock.solver_for(p), held_out)
+            clock.announce(layer, time.monotonic() - start)
             store.write(layer, order[layer], known)
         progress("reconstruct", order[layer] + 1, len(order))
         return known.applied(now, layer)
@@ -246,6 +250,17 @@ class _Clock:
     waiting: list[fx.Node]
     log: list[LogEntry] = field(default_factory=list)
     end: float = 0.0
+    announced: bool = False
+
+    def announce(self, layer: fx.Node, seconds: float) -> None:
+        """Say how long a learned method will take, by the first layer, if that is long."""
+        if self.announced or not self.solver.iterations:
+            return
+        self.announced = True
+        total = seconds * sum(macs(n) for n in self.waiting) / max(1, macs(layer))
+        if total > _LONG:
+            text = f"{self.solver.name}: about {total / 3600:.1f} hours for {len(self.waiting)} layers, by the first of them"
+            warnings.warn(f"{text}; --time-limit (time_limit=) shortens the iterations", stacklevel=2)
 
     def solver_for(self, p: Problem) -> LayerSolver:
         """The solver with as many iterations as its share of the time allows."""
