@@ -284,6 +284,16 @@ class Everything(nn.Module):
         return self.out(F.adaptive_avg_pool2d(x, 1).flatten(1)), t @ t.transpose(1, 2)
 
 
+@pytest.mark.parametrize(("weights", "activations"), [(4, 8), (4, 4), (3, 2)])
+def test_widths_with_wide_ends_and_sums(weights: int, activations: int, tmp_path: Path) -> None:
+    """Sums keep 8 bits where layers read copies of fewer: a requantization of codes, which the engine does as floats."""
+    q, parity = exported(
+        Everything(), torch.randn(8, 3, 5, 6), path=tmp_path, weight_bits=weights, activation_bits=activations
+    )
+    assert parity.integer_mismatches == 0
+    assert {f.bits for f in q.plan.values() if f is not None} == {8, weights, activations}
+
+
 @pytest.mark.parametrize(
     ("weights", "activations", "container"),
     [
@@ -305,6 +315,7 @@ def test_widths(weights: int, activations: int, container: str, tmp_path: Path) 
         container=container,
         weight_bits=weights,
         activation_bits=activations,
+        uniform=True,
     )
     assert parity.kernels["QLinearConv"] == 3
     assert parity.kernels["QLinearAdd"] == 1

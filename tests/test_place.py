@@ -222,7 +222,9 @@ def test_values_that_share_a_grid_have_one_width() -> None:
     m = narrow(False, forward, a=conv(), b=conv(), c=conv())
     assert m.ties["max_pool2d"] == "a"
     assert m.plan["a"] == m.plan["max_pool2d"]
-    assert m.plan["a"].bits == 4, "b multiplies it, though an addition reads it, too"  # type: ignore[union-attr]
+    assert m.plan["a"].bits == 8, "the addition reads it"  # type: ignore[union-attr]
+    assert m.plan["max_pool2d:quantized"].bits == 4, "b multiplies a copy"  # type: ignore[union-attr]
+    assert "max_pool2d:quantized" not in m.ties
     assert m.plan["b"].bits == 8  # type: ignore[union-attr]
 
 
