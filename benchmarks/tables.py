@@ -272,7 +272,7 @@ def main() -> None:
         "# Benchmarks",
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
-        "`HALFBYTE_DATA=... python benchmarks/classification.py`, likewise `low_bits.py`, `other_tasks.py`, `dfq.py`, `ranges.py`, then",
+        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `other_tasks.py`, `dfq.py`, `ranges.py`, then",
         "`python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
         "",
         "## W8A8 on classifiers, 256 unlabelled calibration images",
