@@ -39,9 +39,8 @@ class Blocks:
     epochs: passes over the samples, for each block; iterations: steps of each block instead. batch: samples at a time. layers:
     a block has at least so many, unless the network ends. rate: of the codes, in steps of the grid; scale_rate: of logarithms
     of scales, and of biases in standard deviations of the output they shift, as a share of the block's relative error: what is
-    nearly right moves in small steps. drop: share of running values left unrounded at
-    random. weighting: ``gradient`` counts each channel's error by the squared gradient of the network's outputs with respect to
-    it.
+    nearly right moves in small steps. drop: share of running values left unrounded at random. weighting: ``gradient`` counts
+    each channel's error by the squared gradient of the network's outputs with respect to it.
     """
 
     epochs: float = 20.0
@@ -265,9 +264,7 @@ class _Block(_Rounding):
         self.generator = torch.Generator().manual_seed(seed)
         self.dropping = False
         self.layers = [n for n in nodes if n in set(layers(m.graph)) and not why_not(m, n)]
-        self.weights: dict[
-            str, tuple[Tensor, Tensor, Grid]
-        ] = {}  # by parameter: codes less zero, log of the factor, grid
+        self.weights: dict[str, tuple[Tensor, Tensor, Grid]] = {}  # by parameter: codes, log of the factor, grid
         self.biases: dict[str, tuple[Tensor, Tensor]] = {}  # by parameter: shift in units, unit
         self.scales: dict[str, Tensor] = {}  # by value: log of the factor
         for layer in self.layers:
@@ -290,10 +287,7 @@ class _Block(_Rounding):
         name = str(node.target)
         if name in self.weights:
             codes, factor, grid = self.weights[name]
-            spread = expand(factor.exp() * grid.scale, grid, codes)
-            zero = expand(grid.zero, grid, codes)
-            lo, hi = expand(grid.lo, grid, codes), expand(grid.hi, grid, codes)
-            return (torch.clamp(round_even(codes), lo, hi) - zero) * spread
+            return _real(codes, grid, factor.exp() * grid.scale)
         if name in self.biases:
             shift, unit = self.biases[name]
             return self.m.parameters[name] + shift * unit
@@ -423,14 +417,18 @@ class _Block(_Rounding):
             node = next(n for n in self.m.graph.nodes if n.op == "get_attr" and n.target == name)
             codes = state[f"codes {name}"]
             new = replace(grid, scale=(grid.scale * state[f"factor {name}"].exp()).detach())
-            lo, hi, zero = (expand(t, grid, codes) for t in (grid.lo, grid.hi, grid.zero))
-            rounded = (torch.clamp(round_even(codes), lo, hi) - zero) * expand(new.scale, new, codes)
-            tuned[name], grids[value_name(node)] = fake_quantize(rounded, new), new
+            tuned[name], grids[value_name(node)] = fake_quantize(_real(codes, new, new.scale), new), new
         for name, (_, unit) in self.biases.items():
             tuned[name] = self.m.parameters[name] + state[f"bias {name}"] * unit
         m = replace(self.m, tuned=tuned, grids=grids)
         scales = {k: m.grids[k].scale * state[f"scale {k}"].exp() for k in self.scales}
         return regridded(m, {k: replace(m.grids[k], scale=s) for k, s in scales.items()})
+
+
+def _real(codes: Tensor, grid: Grid, scale: Tensor) -> Tensor:
+    """What codes on their way stand for, with gradients to them and to the scale."""
+    lo, hi, zero, step = (expand(t, grid, codes) for t in (grid.lo, grid.hi, grid.zero, scale))
+    return (torch.clamp(round_even(codes), lo, hi) - zero) * step
 
 
 def _importance(m: QModel, found: Sequence[Sequence[fx.Node]], samples: Inputs, options: Blocks) -> list[Tensor | None]:

@@ -76,12 +76,9 @@ class Descent:
             rounded, grid = fake_quantize(target, start), start
         else:
             rounded, grid = self._rounded(p, target, best, gram, start)
-        bias = None
-        if p.bias is not None:
-            found = blocks(layer, rounded).flatten(2)
-            bias = (moments.y_mean - (found @ moments.x_mean[:, :, None])[:, :, 0]).flatten().to(p.bias)
+        bias = _mean_bias(p, moments, blocks(layer, rounded).flatten(2))
         note = "W* = W" if damping is None else f"damping {damping:g}"
-        return Solution(rounded, grid, bias, note)
+        return Solution(rounded, grid, None if bias is None else bias.flatten().to(p.bias), note)
 
     def _damped(self, p: Problem, moments: SecondMoments, w: Tensor) -> tuple[float | None, Tensor]:
         """The damping whose W* does best on held-out samples, and W* (without rounding); None for W* = W."""
@@ -140,10 +137,6 @@ class _Rows:
         self.scale, zero, lo, hi = (self._spread(t, like) for t in (start.scale, start.zero, start.lo, start.hi))
         self.lo, self.hi = (lo - zero).float(), (hi - zero).float()
         self.codes = torch.zeros_like(self.target)
-        if p.form.group is not None:
-            self.parts = -(-self.target.shape[1] // p.form.group)
-        else:
-            self.parts = 1
 
     def _spread(self, t: Tensor, like: Tensor) -> Tensor:
         """A grid's numbers as [groups, K or 1, outputs]."""

@@ -156,7 +156,6 @@ def quantize_job(
     """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
     out = Path(settings.output)
     check_output(out, resume=resume, overwrite=overwrite)
-    parse_bits(settings.bits)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     target = find(settings.target, saturates=engine.saturates())
