@@ -156,7 +156,7 @@ def row(m: hb.QModel, calibration: list[Tensor], score: Score, kind: str) -> dic
     target, weights, activations, left_out = ROWS[kind]
     samples = len(torch.cat(calibration))
     wide = {"weight_bits": weights, "activation_bits": activations}
-    recipe = load_recipe("default" if weights == 8 else "four-bit")
+    recipe = load_recipe("default" if weights == 8 else "low-bit")
     q = hb.quantize(m, calibration, samples=samples, target=target, recipe=without(recipe, *left_out), **wide)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.onnx"
