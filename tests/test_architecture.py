@@ -18,7 +18,8 @@ LAYERS: dict[int, str] = {
     3: "targets place",
     4: "stats grids walk correct calibrate",
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks",
-    8: "lower engine integer parity export_onnx evaluate benchmark report recipe quantize inspection summary job",
+    6: "units costs proxies sensitivity budgets programme allocate",
+    8: "lower engine integer parity export_onnx evaluate benchmark latency report recipe quantize inspection summary job",
     9: "cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

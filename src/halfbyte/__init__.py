@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.affine import Grid, dequantize, fake_quantize
     from halfbyte.affine import quantize as quantize_tensor
+    from halfbyte.allocate import Allocation, allocate, best, front, greedy, select, several
     from halfbyte.blocks import Blocks, refine
+    from halfbyte.budgets import Budget
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
     from halfbyte.correct import correct_bias
+    from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
-    from halfbyte.formats import Format
+    from halfbyte.formats import Bits, Format, bits
     from halfbyte.grids import MSE, MinMax, Percentile
     from halfbyte.integer import predict, run_integer
+    from halfbyte.latency import EngineLatency
     from halfbyte.local import LayerSolver, Problem, Solution
     from halfbyte.lower import lower
     from halfbyte.methods.adaquant import AdaQuant
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
+    from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
     from halfbyte.store import load, save
     from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
@@ -42,6 +47,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Allocation": "allocate",
+    "Bits": "formats",
+    "Budget": "budgets",
+    "CostTable": "costs",
+    "EngineLatency": "latency",
+    "SensitivityTable": "sensitivity",
+    "allocate": "allocate",
+    "best": "allocate",
+    "bits": "formats",
+    "costs": "costs",
+    "front": "allocate",
+    "greedy": "allocate",
+    "output_loss": "sensitivity",
+    "select": "allocate",
+    "sensitivity": "sensitivity",
+    "several": "allocate",
     "Grid": "affine",
     "dequantize": "affine",
     "fake_quantize": "affine",
@@ -92,8 +113,13 @@ __all__ = [
     "MSE",
     "AdaQuant",
     "AdaRound",
+    "Allocation",
+    "Bits",
     "Blocks",
+    "Budget",
+    "CostTable",
     "Descent",
+    "EngineLatency",
     "Format",
     "Grid",
     "HalfbyteError",
@@ -107,20 +133,28 @@ __all__ = [
     "Preprocess",
     "Problem",
     "QModel",
+    "SensitivityTable",
     "Solution",
     "Target",
     "UsageError",
     "absorb_bias",
+    "allocate",
+    "best",
+    "bits",
     "calibrate",
     "capture",
     "correct_bias",
+    "costs",
     "dequantize",
     "equalize",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",
+    "front",
+    "greedy",
     "load",
     "lower",
+    "output_loss",
     "place",
     "predict",
     "propagate",
@@ -131,6 +165,9 @@ __all__ = [
     "run",
     "run_integer",
     "save",
+    "select",
+    "sensitivity",
+    "several",
     "simulate",
     "walk",
 ]

@@ -225,7 +225,7 @@ def set_grids(
     grids = {**chosen, **from_user}
     grids |= _parameter_grids(m, weights, inputs or {})
     grids |= _clamped(m, grids)
-    grids, floors = _room_for_bias(m, grids)
+    grids, floors = room_for_bias(m, grids)
     dead = _dead_channels(m)
     entries = [LogEntry("calibrate", n, "range set by hand") for n in from_user]
     return replace(m, grids=grids).logged(*log, *entries, *floors, *dead)
@@ -322,7 +322,7 @@ def limited(grid: Grid, low: Tensor, high: Tensor) -> Grid:
     return replace(grid, lo=code(low), hi=code(high))
 
 
-def _room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], list[LogEntry]]:
+def room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], list[LogEntry]]:
     """Raise weight scales so that no bias leaves int32 (its scale is the input's times the weight's).
 
     A nearly dead channel has a tiny weight scale and an ordinary bias; without a floor its bias cannot be represented.

@@ -66,6 +66,34 @@ def container_bits(bits: int) -> int:
     return 8 if bits <= 8 else 16
 
 
+@dataclass(frozen=True, order=True)
+class Bits:
+    """A pair of widths: of weights, and of the running values that layers read."""
+
+    weights: int
+    activations: int
+
+    def __post_init__(self) -> None:
+        for width in (self.weights, self.activations):
+            Format(width)  # refuses widths that do not exist
+
+    def __str__(self) -> str:
+        return f"W{self.weights}A{self.activations}"
+
+
+def bits(weights: int | str, activations: int | None = None) -> Bits:
+    """``bits(4, 8)`` or ``bits("W4A8")``: weights of 4 bits, running values of 8. Raises :class:`FormatError`."""
+    if isinstance(weights, str):
+        if activations is not None:
+            raise FormatError(f"'{weights}' names both widths already: leave {activations} out")
+        return Bits(*parse_bits(weights))
+    if activations is None:
+        raise FormatError(
+            f"{weights} is one width: give two, as in bits({weights}, 8), or a text, as in bits('W{weights}A8')"
+        )
+    return Bits(weights, activations)
+
+
 def parse_bits(text: str) -> tuple[int, int]:
     """``"W4A8"`` -> (4, 8): weight and activation width. Raises :class:`FormatError`."""
     match = re.fullmatch(r"[Ww](\d+)[Aa](\d+)", text.strip())

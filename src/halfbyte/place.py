@@ -88,12 +88,14 @@ def place(
     weight_bits: int = 8,
     activation_bits: int = 8,
     uniform: bool = True,
+    narrow: bool = False,
     overrides: Overrides | None = None,
 ) -> QModel:
     """Give every value that the target can use in integers a format.
 
     weight_bits, activation_bits: widths. uniform: every layer gets them; else the first and the last layer keep 8 bits where
-    fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. overrides: value
+    fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. narrow: layers get
+    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. overrides: value
     name or glob -> format (its width counts), or None to keep it in float. Values that stay in float are in the plan as None,
     with the reason in the log. Raises :class:`PlacementError` where nothing is left to quantize, or where the target cannot run
     the width.
@@ -108,7 +110,7 @@ def place(
     _check_overrides(m, overrides)
     marks = _mark(m.graph, target, overrides)
     _insert_requantize(m.graph, marks)
-    if not uniform and activation_bits < _SPARED_BITS:
+    if narrow or (not uniform and activation_bits < _SPARED_BITS):
         _insert_narrow(m.graph, marks)
     plan: dict[str, Format | None] = {}
     log: list[LogEntry] = []

@@ -126,8 +126,14 @@ def _absorb(m: QModel, c: Context) -> QModel:
 
 
 def _place(m: QModel, c: Context) -> QModel:
-    bits = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
-    return place(m, c.target, overrides=c.overrides, uniform=c.uniform, **bits)
+    return place(
+        m,
+        c.target,
+        weight_bits=c.weight_bits,
+        activation_bits=c.activation_bits,
+        uniform=c.uniform,
+        overrides=c.overrides,
+    )
 
 
 def _calibrate(

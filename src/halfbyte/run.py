@@ -1,12 +1,13 @@
 """Execute a model's graph. Whatever looks at or alters a running tensor is a tap: ``(value name, tensor) -> tensor``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
+from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, Params, QModel, Tap, value_name
 
 Evaluate = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -34,6 +35,40 @@ def evaluate_plainly(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def steps(
+    nodes: Iterable[fx.Node],
+    env: dict[fx.Node, Any],
+    given: Callable[[fx.Node], Any],
+    tap: Tap = keep,
+    *,
+    freed: Mapping[fx.Node, Sequence[fx.Node]],
+    evaluate: Evaluate = evaluate_plainly,
+) -> Iterator[fx.Node]:
+    """Compute nodes in order, out of the values in ``env`` and into it, up to the output.
+
+    given: the values of inputs and parameters. freed: see :func:`last_uses`. Yields each node when its value is there; what
+    nobody needs after it is dropped as soon as the caller goes on.
+    """
+
+    def load(node: fx.Node) -> Any:
+        return env[node]
+
+    for node in nodes:
+        if node.op == "output":
+            yield node
+            return
+        if node.op in ("placeholder", "get_attr"):
+            result = given(node)
+        else:
+            result = evaluate(node, fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load))
+        if isinstance(result, Tensor) and "value" in node.meta:
+            result = tap(value_name(node), result)
+        env[node] = result
+        yield node
+        for dead in freed.get(node, ()):
+            del env[dead]
+
+
 def run(
     m: QModel,
     x: Inputs,
@@ -49,35 +84,24 @@ def run(
     parameters included. params: replacements by name. stop: end behind this value and return it alone. evaluate: how one
     operation is computed. Each value is freed after its last use, so the peak memory is that of the widest point.
     """
+    if len(x) < len(m.inputs):
+        raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given")
     inputs = iter(x)
     values = {**m.parameters, **(params or {})}
     device = next((t.device for t in values.values()), None)
-    freed = last_uses(m.graph)
     env: dict[fx.Node, Any] = {}
 
-    def load(node: fx.Node) -> Any:
-        return env[node]
+    def given(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return values[str(node.target)]
+        result = next(inputs)
+        return result if device is None else result.to(device)
 
-    for node in m.graph.nodes:
+    for node in steps(m.graph.nodes, env, given, tap, freed=last_uses(m.graph), evaluate=evaluate):
         if node.op == "output":
-            return tuple(env[n] for n in node.args[0])
-        if node.op == "placeholder":
-            try:
-                result: Any = next(inputs)
-            except StopIteration:
-                raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given") from None
-            result = result if device is None else result.to(device)
-        elif node.op == "get_attr":
-            result = values[str(node.target)]
-        else:
-            result = evaluate(node, fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load))
-        if isinstance(result, Tensor) and "value" in node.meta:
-            result = tap(value_name(node), result)
-            if stop is not None and value_name(node) == stop:
-                return (result,)
-        env[node] = result
-        for dead in freed.get(node, ()):
-            del env[dead]
+            return tuple(env[n] for n in output_values(m.graph))
+        if stop is not None and node.meta.get("value") == stop and isinstance(env[node], Tensor):
+            return (env[node],)
     raise UsageError("the graph has no output")
 
 

@@ -1,0 +1,258 @@
+"""How much each unit costs in accuracy at each width: measured one unit at a time, all others at their widest.
+
+Source: arXiv 2006.10518, section 4 (losses of single layers with their calibrated parameters swapped in, assumed to add up); the
+divergence to the float network's decisions stands in for a loss with labels. The proxies are in ``proxies``.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from halfbyte.affine import fake_quantize
+from halfbyte.calibrate import Progress, silent
+from halfbyte.errors import DataError, UsageError
+from halfbyte.graph import output_values
+from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
+from halfbyte.proxies import proxies
+from halfbyte.run import last_uses, run, simulate, steps
+from halfbyte.units import Candidates, Choice, Units, merged, units
+
+Metric = Literal["divergence", "loss", "noise", "second-order"]
+LEAST = 1e-6  # a narrower width is never taken to be better than the widest
+_PORTION = 16  # samples run at a time
+_FEW_FLIPS = 20
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """losses: unit -> width -> loss increase over the widest width, which has 0; at least 1e-6 for all others.
+
+    metric: ``divergence`` (nats for each sample, or noise-to-signal where the outputs are no class scores), ``loss`` (cross
+    entropy, nats) or a proxy of no unit. base: the loss of the network with every unit at its widest. points: so many points of
+    disagreement (samples of a hundred that the float network decides otherwise) come with the square root of the divergence, by
+    all that was measured; None where decisions are not what was measured.
+    """
+
+    losses: Mapping[str, Mapping[int, float]]
+    metric: Metric
+    samples: int
+    base: float = 0.0
+    points: float | None = None
+
+    def predicted(self, choice: Choice) -> float:
+        """The loss increase of a choice, if losses of single units add up; units not named have their widest width."""
+        return sum(widths[choice[u]] for u, widths in self.losses.items() if u in choice)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**vars(self), "losses": {u: {str(w): x for w, x in t.items()} for u, t in self.losses.items()}}
+
+
+def sensitivity(
+    candidates: Candidates,
+    data: Iterable[Any],
+    *,
+    metric: Metric = "divergence",
+    samples: int = 64,
+    progress: Progress = silent,
+) -> SensitivityTable:
+    """The loss increase of every unit at every width of the candidates, each alone.
+
+    data: batches of inputs, as for ``calibrate``; for ``loss`` pairs (inputs, class indices). metric: ``divergence``: Kullback and
+    Leibler's, of the float network's softmax from the quantized one's, for a single output [N, classes]; squared error over
+    variance for others. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units of their own.
+    samples: how many are taken, from the first. Behind each unit, only the rest of the network runs again, so a unit costs half
+    a pass on average. Raises :class:`UsageError` for candidates of different graphs, :class:`DataError` without data.
+    """
+    u = units(candidates)
+    portions = list(_portions(data, samples, labelled=metric == "loss"))
+    if metric in ("noise", "second-order"):
+        losses = proxies(candidates, u, [x for x, _ in portions], weighted=metric == "second-order")
+        return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions))
+    judge = _judge(candidates[max(candidates)], metric)
+    base, found = _measured(candidates, u, portions, judge, progress)
+    losses = {unit: {u.widths[unit][-1]: 0.0} for unit in u.open}
+    for (unit, width), sums in found.items():
+        losses[unit][width] = _mean(sums) - _mean(base)
+    points = _points([base, *found.values()]) if judge is _divergence else None
+    return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions), _mean(base), points)
+
+
+@torch.no_grad()
+def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
+    """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
+    portions = list(_portions(data, samples, labelled=metric == "loss"))
+    judge, tap, reference = _judge(m, metric), simulate(m), m.as_float()
+    sums = [judge(run(reference, x), run(m, x, tap), y) for x, y in portions]
+    return _mean(torch.stack(sums).sum(0))
+
+
+def _clamped(losses: Mapping[int, float]) -> dict[int, float]:
+    widest = max(losses)
+    return {w: 0.0 if w == widest else max(LEAST, x) for w, x in sorted(losses.items())}
+
+
+def _count(portions: list[tuple[Inputs, Tensor | None]]) -> int:
+    return sum(len(x[0]) for x, _ in portions)
+
+
+def _portions(data: Iterable[Any], samples: int, *, labelled: bool) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """The first samples, some at a time, with their labels if there are."""
+    left = samples
+    for batch in data:
+        if labelled and not (len(batch) == 2 and isinstance(batch[0], tuple | list)):
+            raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")
+        inputs, labels = batch if labelled else (batch, None)
+        for i in range(0, min(left, len(inputs[0])), _PORTION):
+            end = min(i + _PORTION, left)
+            yield tuple(t[i:end] for t in inputs), None if labels is None else labels[i:end]
+        left -= len(inputs[0])
+        if left <= 0:
+            return
+    if left == samples:
+        raise DataError("there are no data to measure on")
+
+
+# Reference outputs, outputs, labels -> [loss summed over samples, number of samples, decisions that differ], on the CPU.
+Judge = Callable[[Outputs, Outputs, Tensor | None], Tensor]
+Freed = Mapping[fx.Node, Sequence[fx.Node]]
+
+
+def _judge(m: QModel, metric: Metric) -> Judge:
+    outputs = output_values(m.graph)
+    classes = len(outputs) == 1 and len(outputs[0].meta["shape"]) == 2 and outputs[0].meta["shape"][1] > 1
+    if metric == "loss":
+        if not classes:
+            raise UsageError("metric 'loss' needs a single output of class scores [N, classes]: take 'divergence'")
+        return _cross_entropy
+    return _divergence if classes else _noise
+
+
+def _divergence(reference: Outputs, outputs: Outputs, _: Tensor | None) -> Tensor:
+    p, q = (F.log_softmax(t[0].double(), 1) for t in (reference, outputs))
+    flips = (reference[0].argmax(1) != outputs[0].argmax(1)).sum()
+    return torch.tensor([float((p.exp() * (p - q)).sum()), len(p), int(flips)], dtype=torch.float64)
+
+
+def _cross_entropy(_: Outputs, outputs: Outputs, labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    loss = F.cross_entropy(outputs[0].double(), labels.to(outputs[0].device), reduction="sum")
+    return torch.tensor([float(loss), len(labels), 0], dtype=torch.float64)
+
+
+def _noise(reference: Outputs, outputs: Outputs, _: Tensor | None) -> Tensor:
+    """Each output weighs as much as the others: of noise and signal, mean over outputs."""
+    ratio = torch.stack(
+        [
+            (a - b).double().square().sum() / (a - a.mean()).double().square().sum().clamp(min=1e-30)
+            for a, b in zip(reference, outputs, strict=True)
+        ]
+    ).mean()
+    count = len(reference[0])
+    return torch.tensor([float(ratio) * count, count, 0], dtype=torch.float64)
+
+
+def _mean(sums: Tensor) -> float:
+    return float(sums[0] / sums[1])
+
+
+def _points(found: list[Tensor]) -> float:
+    """Least squares through the origin of disagreement, in points, over the root of the divergence.
+
+    Where hardly any decision flipped, Pinsker's inequality: so much of the softmax can move at most.
+    """
+    if sum(float(t[2]) for t in found) < _FEW_FLIPS:
+        return 100 / math.sqrt(2)
+    roots = [math.sqrt(max(0.0, _mean(t))) for t in found]
+    shares = [100 * float(t[2] / t[1]) for t in found]
+    return sum(r * s for r, s in zip(roots, shares, strict=True)) / sum(r * r for r in roots)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The model with one unit changed: where in the graph it begins to differ, and the parameters that do."""
+
+    model: QModel
+    start: int
+    constants: Mapping[fx.Node, Tensor]
+
+
+def _constants(m: QModel, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
+    """Parameters as the simulation reads them."""
+    values, found = m.parameters, {}
+    for node in nodes:
+        x, grid = values[str(node.target)], m.grid(value_name(node)) if "value" in node.meta else None
+        found[node] = x if grid is None else fake_quantize(x, grid)
+    return found
+
+
+def _variant(base: QModel, m: QModel) -> _Variant:
+    order = {n: i for i, n in enumerate(m.graph.nodes)}
+    before, after = base.parameters, m.parameters
+    start, changed = len(order), []
+    for node, i in order.items():
+        other = "value" in node.meta and base.grid(value_name(node)) is not m.grid(value_name(node))
+        if node.op == "get_attr":
+            if other or before[str(node.target)] is not after[str(node.target)]:
+                changed.append(node)
+                start = min([start, *(order[user] for user in node.users)])
+        elif other:
+            start = min(start, i)
+    return _Variant(m, start, _constants(m, changed))
+
+
+@torch.no_grad()
+def _measured(
+    candidates: Candidates,
+    u: Units,
+    portions: list[tuple[Inputs, Tensor | None]],
+    judge: Judge,
+    progress: Progress,
+) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
+    """Sums of the judge with every unit at its widest, and for each unit and narrower width with that one changed."""
+    base = merged(candidates, u, {})
+    variants = {(k, w): _variant(base, merged(candidates, u, {k: w})) for k in u.open for w in u.widths[k][:-1]}
+    due: dict[int, list[tuple[str, int]]] = {}
+    for key, v in variants.items():
+        due.setdefault(v.start, []).append(key)
+    nodes = list(base.graph.nodes)
+    constants = _constants(base, [n for n in nodes if n.op == "get_attr"])
+    freed, reference, tap = last_uses(base.graph), base.as_float(), _running(base)
+    total, found = torch.zeros(3, dtype=torch.float64), {key: torch.zeros(3, dtype=torch.float64) for key in variants}
+    done = 0
+    for x, labels in portions:
+        wanted = run(reference, x)
+        env: dict[fx.Node, Any] = {}
+        given = {**constants, **{n: t.to(wanted[0].device) for n, t in zip(base.inputs, x, strict=False)}}
+        ahead = steps(nodes, env, given.__getitem__, tap, freed=freed)
+        for i in range(len(nodes)):
+            for key in due.get(i, ()):
+                v = variants[key]
+                held = {n: v.constants.get(n, value) for n, value in env.items()}
+                outputs = _rest(v.model, nodes[i:], held, {**given, **v.constants}, freed)
+                found[key] += judge(wanted, outputs, labels)
+                done += 1
+                progress("sensitivity", done, len(portions) * len(variants))
+            next(ahead)
+        total += judge(wanted, tuple(env[n] for n in output_values(base.graph)), labels)
+    return total, found
+
+
+def _running(m: QModel) -> Tap:
+    """The simulation's tap on running values; parameters are rounded beforehand."""
+    parameters = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
+    return simulate(m, only=lambda name: name not in parameters)
+
+
+def _rest(
+    m: QModel, nodes: list[fx.Node], env: dict[fx.Node, Any], given: Mapping[fx.Node, Tensor], freed: Freed
+) -> Outputs:
+    """The outputs, from the values at a frontier on."""
+    for _ in steps(nodes, env, given.__getitem__, _running(m), freed=freed):
+        pass
+    return tuple(env[n] for n in output_values(m.graph))
