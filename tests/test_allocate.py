@@ -142,7 +142,22 @@ def test_sensitivity_is_that_of_the_whole_network(uniform: bool) -> None:
     assert hb.output_loss(m, batches(), samples=40) == pytest.approx(divergence({"a.weight": 2}), rel=1e-5)
 
 
-def test_sensitivity_with_labels_and_of_other_outputs() -> None:
+def test_sensitivity_of_outputs_is_noise_to_signal() -> None:
+    (x,) = batches(1)[0]
+    found = hb.sensitivity(solved(), [(x,)], metric="outputs", samples=16)
+    u = units.units(solved())
+
+    def noise(choice: Mapping[str, int]) -> float:
+        m = merged(solved(), u, choice)
+        (y,), (z,) = run(m.as_float(), (x,)), run(m, (x,), simulate(m))
+        return float((y - z).square().sum() / (y - y.mean()).square().sum())
+
+    for unit, width in (("a.weight", 2), ("relu.3", 4), ("x", 4)):
+        assert found.losses[unit][width] == pytest.approx(max(1e-6, noise({unit: width}) - noise({})), rel=1e-3)
+    assert found.points is None
+
+
+def test_sensitivity_with_labels() -> None:
     labelled = [(b, torch.arange(16) % 5) for b in batches()]
     found = hb.sensitivity(solved(), labelled, metric="loss", samples=32)
     u = units.units(solved())

@@ -199,7 +199,7 @@ def best(
     samples: int = 64,
 ) -> Allocation:
     """The allocation whose whole network loses least on the data, with ``measured`` set. Proxies are judged by divergence."""
-    metric = table.metric if table.metric in ("divergence", "loss") else "divergence"
+    metric = table.metric if table.metric in ("divergence", "outputs", "loss") else "divergence"
     u, kept = units(candidates), list(data)
     base = output_loss(merged(candidates, u, {}), kept, metric=metric, samples=samples)
     models = (merged(candidates, u, a.choice) for a in allocations)

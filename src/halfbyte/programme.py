@@ -8,9 +8,11 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from halfbyte.costs import CostTable
+from halfbyte.errors import UsageError
 from halfbyte.units import Units
 
 _TOLERANCE = 2e-6  # HiGHS holds constraints up to 1e-6; a solution beyond a bound is sought again below it
+_OUT_OF_TIME = 1  # milp's status
 Losses = Mapping[str, Mapping[int, float]]
 
 
@@ -112,6 +114,8 @@ class Programme:
             constraints=constraints,
             options={"time_limit": time_limit, "mip_rel_gap": 0.0},
         )
+        if result.x is None and result.status == _OUT_OF_TIME:
+            raise UsageError(f"the solver found no choice within {time_limit:g} s: raise time_limit")
         if result.x is None:
             return None
         choice = {

@@ -22,7 +22,7 @@ from halfbyte.proxies import proxies
 from halfbyte.run import last_uses, run, simulate, steps
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
-Metric = Literal["divergence", "loss", "noise", "second-order"]
+Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
 LEAST = 1e-6  # a narrower width is never taken to be better than the widest
 _PORTION = 16  # samples run at a time
 _FEW_FLIPS = 20
@@ -32,10 +32,11 @@ _FEW_FLIPS = 20
 class SensitivityTable:
     """losses: unit -> width -> loss increase over the widest width, which has 0; at least 1e-6 for all others.
 
-    metric: ``divergence`` (nats for each sample, or noise-to-signal where the outputs are no class scores), ``loss`` (cross
-    entropy, nats) or a proxy of no unit. base: the loss of the network with every unit at its widest. points: so many points of
-    disagreement (samples of a hundred that the float network decides otherwise) come with the square root of the divergence, by
-    all that was measured; None where decisions are not what was measured.
+    metric: ``divergence`` (nats for each sample, or noise-to-signal where the outputs are no class scores), ``outputs``
+    (noise-to-signal), ``loss`` (cross entropy, nats) or a proxy of no unit. base: the loss of the network with every unit at its
+    widest. points: so many points of disagreement (samples of a hundred that the float network decides otherwise) come with the
+    square root of the divergence, by all that was measured (by Pinsker's inequality, where too few decisions flipped to
+    tell); None where outputs are no class scores.
     """
 
     losses: Mapping[str, Mapping[int, float]]
@@ -64,8 +65,9 @@ def sensitivity(
     """The loss increase of every unit at every width of the candidates, each alone.
 
     data: batches of inputs, as for ``calibrate``; for ``loss`` pairs (inputs, class indices). metric: ``divergence``: Kullback and
-    Leibler's, of the float network's softmax from the quantized one's, for a single output [N, classes]; squared error over
-    variance for others. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units of their own.
+    Leibler's, of the float network's softmax from the quantized one's, for a single output [N, classes]; as ``outputs`` for
+    others. ``outputs``: squared error over variance, of use where the network is so sure of the samples that few of them tell
+    anything, as on those it was trained on. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units of their own.
     samples: how many are taken, from the first. Behind each unit, only the rest of the network runs again, so a unit costs half
     a pass on average. Raises :class:`UsageError` for candidates of different graphs, :class:`DataError` without data.
     """
@@ -130,7 +132,7 @@ def _judge(m: QModel, metric: Metric) -> Judge:
         if not classes:
             raise UsageError("metric 'loss' needs a single output of class scores [N, classes]: take 'divergence'")
         return _cross_entropy
-    return _divergence if classes else _noise
+    return _divergence if classes and metric == "divergence" else _noise
 
 
 def _divergence(reference: Outputs, outputs: Outputs, _: Tensor | None) -> Tensor:
