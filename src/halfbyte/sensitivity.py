@@ -67,7 +67,8 @@ def sensitivity(
     data: batches of inputs, as for ``calibrate``; for ``loss`` pairs (inputs, class indices). metric: ``divergence``: Kullback and
     Leibler's, of the float network's softmax from the quantized one's, for a single output [N, classes]; as ``outputs`` for
     others. ``outputs``: squared error over variance, of use where the network is so sure of the samples that few of them tell
-    anything, as on those it was trained on. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units of their own.
+    anything, as on those it was trained on. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units
+    of their own.
     samples: how many are taken, from the first. Behind each unit, only the rest of the network runs again, so a unit costs half
     a pass on average. Raises :class:`UsageError` for candidates of different graphs, :class:`DataError` without data.
     """
