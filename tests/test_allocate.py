@@ -298,6 +298,10 @@ def test_the_selected_model_is_the_merged_one_and_is_proven(uniform: bool, tmp_p
     assert sum(codes.values()) + spare == found.costs["size"]
     entries = {e.value: e for e in m.log if e.stage == "allocate"}
     assert entries["a"].figures["weights"] == found.choice["a.weight"]
+    hb.save(m, tmp_path / "kept")
+    again = hb.load(tmp_path / "kept")
+    assert again.log == m.log, "figures are JSON values"
+    assert torch.equal(run(again, x, simulate(again))[0], run(m, x, simulate(m))[0])
     assert entries[None].figures["loss"] == found.loss
 
 

@@ -30,8 +30,8 @@ class Allocation:
 
     choice: unit -> width. loss: the predicted increase, in the table's units. losses: the units' parts of it. costs: bytes, bits,
     operations and, if measured, seconds of the network; shares: the same over the float network's. status: ``optimal``, ``time
-    limit``, or ``greedy``. gap: how far the optimum may be, relatively. reason: one sentence on how the choice came about.
-    measured: the loss increase of the whole network, once :func:`best` has measured it.
+    limit``, or ``greedy``. gap: how far the optimum may be, relatively; None where nobody knows. reason: one sentence on how
+    the choice came about. measured: the loss increase of the whole network, once :func:`best` has measured it.
     """
 
     choice: Mapping[str, int]
@@ -40,7 +40,7 @@ class Allocation:
     costs: Mapping[str, float]
     shares: Mapping[str, float]
     status: str
-    gap: float
+    gap: float | None
     reason: str
     measured: float | None = None
 
@@ -62,7 +62,7 @@ class _Task:
     table: SensitivityTable
     widths: Mapping[str, tuple[int, ...]]
 
-    def allocation(self, choice: Mapping[str, int], status: str, gap: float, reason: str) -> Allocation:
+    def allocation(self, choice: Mapping[str, int], status: str, gap: float | None, reason: str) -> Allocation:
         losses = {k: t[choice[k]] for k, t in self.table.losses.items()}
         total = self.costs.total(choice)
         shares = {k: v / self.costs.reference[k] for k, v in total.items()}
@@ -241,7 +241,7 @@ def greedy(
         choice[unit] = width
     if excess(task.costs.total(choice)) > 0 or (bound is not None and table.predicted(choice) > bound):
         raise UsageError(f"step by step no choice was found that keeps {budget}: take allocate, or a larger budget")
-    return task.allocation(choice, "greedy", float("nan"), f"step by step until {budget}")
+    return task.allocation(choice, "greedy", None, f"step by step until {budget}")
 
 
 def _steps(
