@@ -404,3 +404,33 @@ def test_the_engine_is_asked_once_for_each_container(tmp_path: Path) -> None:
     assert hb.EngineLatency(rounds=3, cache=tmp_path)(m, layer, hb.bits(2, 4)) == 7.0
     kept.write_text("damaged")
     assert hb.EngineLatency(rounds=3, cache=tmp_path)(m, layer, hb.bits(2, 4)) < 1
+
+
+class Twice(nn.Module):
+    """A layer that is called twice has one weight and reads two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.both(torch.relu(self.both(x)))))
+
+
+def test_a_weight_of_two_layers_is_one_unit(tmp_path: Path) -> None:
+    m = network(Twice)
+    candidates = {}
+    for b in WIDTHS:
+        placed = hb.place(m, TARGET, weight_bits=b.weights, activation_bits=b.activations)
+        candidates[b] = hb.calibrate(placed, batches())
+    u = units.units(candidates)
+    assert [r.weight for r in u.readers] == ["both.weight", "both.weight", "last.weight"]
+    assert len({r.group for r in u.readers}) == 3
+    losses, costs = hb.sensitivity(candidates, batches(), samples=16), hb.costs(candidates)
+    choices = every_choice(candidates, {})
+    for bound in (0.01, 0.03):
+        found = hb.allocate(candidates, losses, hb.Budget(bops=bound))
+        limit = bound * costs.reference["bops"]
+        kept = [losses.predicted(c) for c in choices if costs.total(c)["bops"] <= limit]
+        assert found.loss == pytest.approx(min(kept), rel=1e-9)
+    assert hb.export_onnx(hb.select(candidates, found), tmp_path / "net.onnx").proven
