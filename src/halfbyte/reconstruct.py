@@ -171,7 +171,7 @@ def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held_out: Patch
         inputs=x,
         targets=y,
         held_out=held_out,
-        following=_following(layer),
+        following=_following(m, layer),
         input_grid=read,
         floor=floor,
         pairs=saturates(layer, m.target),
@@ -179,14 +179,16 @@ def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held_out: Patch
     )
 
 
-def _following(layer: fx.Node) -> Callable[[Tensor], Tensor] | None:
-    """The activation function that alone reads the layer."""
+def _following(m: QModel, layer: fx.Node) -> Callable[[Tensor], Tensor] | None:
+    """The activation function that alone reads the layer; its limits may be parameters, a number for each channel."""
     if len(layer.users) != 1:
         return None
     (reader,) = layer.users
-    if kind(reader) is not Kind.CLAMP or any(isinstance(a, fx.Node) for a in reader.args[1:]):
+    known = all(n is layer or n.op == "get_attr" for n in reader.all_input_nodes)
+    if kind(reader) is not Kind.CLAMP or not known:
         return None
-    return lambda t: reader.target(t, *reader.args[1:], **reader.kwargs)  # type: ignore[operator]
+    limits, options = fx.map_arg((reader.args[1:], reader.kwargs), lambda n: m.parameters[str(n.target)])
+    return lambda t: reader.target(t, *limits, **options)  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
