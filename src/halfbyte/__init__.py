@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halfbyte.capture import capture
     from halfbyte.correct import correct_bias
     from halfbyte.descent import Descent
+    from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Format
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+    from halfbyte.transforms.split_tensor import split_tensor
     from halfbyte.walk import walk
 
 __version__ = "0.1.0"
@@ -86,6 +88,9 @@ _WHERE = {
     "save": "store",
     "equalize": "transforms.equalize",
     "fold_batchnorm": "transforms.fold_batchnorm",
+    "split_tensor": "transforms.split_tensor",
+    "Dual": "dual",
+    "dual": "dual",
 }
 
 __all__ = [
@@ -94,6 +99,7 @@ __all__ = [
     "AdaRound",
     "Blocks",
     "Descent",
+    "Dual",
     "Format",
     "Grid",
     "HalfbyteError",
@@ -115,6 +121,7 @@ __all__ = [
     "capture",
     "correct_bias",
     "dequantize",
+    "dual",
     "equalize",
     "export_onnx",
     "fake_quantize",
@@ -132,6 +139,7 @@ __all__ = [
     "run_integer",
     "save",
     "simulate",
+    "split_tensor",
     "walk",
 ]
 
