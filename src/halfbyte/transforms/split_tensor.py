@@ -77,10 +77,10 @@ def split_tensor(
         raise UsageError("weights have been chosen already: call split_tensor before reconstruct, not after it")
     batches = [tuple(b) for b in data]
     seen = observe(m, batches)
-    m = _kernels_split(m, seen.inputs, share)
-    if m.tuned:  # biases alone: what was taken into them was the error of one tensor
-        m = correct_expected(m, seen.inputs)
-    return _measured(_values_split(m, seen.histograms, activations), batches)
+    split = _kernels_split(m, seen.inputs, share)
+    if m.tuned and len(split.params) > len(m.params):  # biases alone: what was taken into them was the error of one tensor
+        split = correct_expected(split, seen.inputs)
+    return _measured(_values_split(split, seen.histograms, activations), batches)
 
 
 @dataclass
@@ -163,7 +163,8 @@ class _Candidate:
     def bytes_each(self) -> float:
         """Of one second kernel: codes, scale, bias, and the channels that a grouped one reads."""
         gathered = 4 * _inputs_each(self.layer) if groups(self.layer) > 1 else 0
-        return self.weight.shape[1] * self.form.bits / 8 + 8 + gathered
+        bias = 4 if bias_of(self.layer) is not None else 0
+        return self.weight.shape[1] * self.form.bits / 8 + 4 + bias + gathered
 
     def cost(self, count: int) -> tuple[float, float]:
         """Bytes and multiply-accumulates of so many second kernels."""
@@ -242,12 +243,14 @@ def _accounts(m: QModel) -> tuple[tuple[float, float], tuple[float, float]]:
     for layer in layers(m.graph):
         weight = weight_of(layer)
         assert weight is not None  # layers() lists those with a constant weight
-        if str(layer.args[0]).endswith(_RESIDUAL) or value_name(layer).endswith(_RESIDUAL):
+        if value_name(layer).endswith(_RESIDUAL):
             continue
-        form = m.plan.get(value_name(weight))
+        form, w, second = m.plan.get(value_name(weight)), m.params[str(weight.target)], value_name(weight) + "."
         account = spent if value_name(weight).endswith(_SECOND) else came
-        account[0] += m.params[str(weight.target)].numel() * (32 if form is None else form.bits) / 8
+        account[0] += w.numel() * (32 if form is None else form.bits) / 8
         account[1] += macs(layer)
+        if account is spent:  # scales, biases, and which channels they read and write
+            account[0] += 4 * len(w) + sum(4 * t.numel() for name, t in m.params.items() if name.startswith(second))
     return (came[0], came[1]), (spent[0], spent[1])
 
 
