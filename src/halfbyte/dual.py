@@ -77,9 +77,7 @@ class _Task:
         return torch.where(usable, found, scales)
 
 
-def dual(
-    rows: Tensor, form: Format, scale: Tensor, *, power: Tensor | None = None, fixed: bool = False
-) -> Dual:
+def dual(rows: Tensor, form: Format, scale: Tensor, *, power: Tensor | None = None, fixed: bool = False) -> Dual:
     """Two tensors of ``form`` whose sum is near ``rows`` [rows, values], with two scales for each row.
 
     scale: float32 [rows], where the first tensor starts (the one of least squared error). power: what the error of each value

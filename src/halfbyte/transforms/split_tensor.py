@@ -56,9 +56,7 @@ _WIDE = 8  # bits of what the parts put out, and of a value that is read in two 
 _SECOND, _RESIDUAL = ":second", ":residual"
 
 
-def split_tensor(
-    m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activations: float = 0.0
-) -> QModel:
+def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activations: float = 0.0) -> QModel:
     """Give the worst kernels a second weight tensor, and the layers of the worst running values a second input.
 
     After ``calibrate``, before ``reconstruct``. data: a few unlabelled batches, for the ranges of what the parts put out. share:
@@ -78,7 +76,9 @@ def split_tensor(
     batches = [tuple(b) for b in data]
     seen = observe(m, batches)
     split = _kernels_split(m, seen.inputs, share)
-    if m.tuned and len(split.params) > len(m.params):  # biases alone: what was taken into them was the error of one tensor
+    if m.tuned and len(split.params) > len(
+        m.params
+    ):  # biases alone: what was taken into them was the error of one tensor
         split = correct_expected(split, seen.inputs)
     return _measured(_values_split(split, seen.histograms, activations), batches)
 
@@ -289,9 +289,7 @@ def _split_layer(edit: _Edit, c: _Candidate, kernels: Tensor) -> None:
     edit.grids[value_name(weight)] = replace(c.grid, scale=scales)
     limits = (torch.full_like(found.second, v, dtype=torch.int32) for v in (0, form.lo, form.hi))
     parts = (found.second, *limits)
-    edit.grids[name + _SECOND] = (
-        Grid(*(t.reshape(()) for t in parts)) if single else Grid(*parts, axis=0)
-    )
+    edit.grids[name + _SECOND] = Grid(*(t.reshape(()) for t in parts)) if single else Grid(*parts, axis=0)
     edit.plan[name + _SECOND] = c.form
     _add_second(edit, c.layer, kernels, second.contiguous())
     signal = (c.weight.square() * c.power).sum().clamp(min=1e-30)
@@ -299,7 +297,9 @@ def _split_layer(edit: _Edit, c: _Candidate, kernels: Tensor) -> None:
         (w, c.grid), (first, edit.grids[value_name(weight)]))]  # fmt: skip
     bytes_, work = c.cost(len(kernels))
     text = f"{len(kernels)} of {len(c.weight)} kernels have a second tensor: relative error of the weights "
-    text += f"{float(noise[0]):.3g} before, {float(noise[1]):.3g} after; {bytes_:.0f} bytes and {work:.0f} operations more"
+    text += (
+        f"{float(noise[0]):.3g} before, {float(noise[1]):.3g} after; {bytes_:.0f} bytes and {work:.0f} operations more"
+    )
     figures = {"kernels": len(kernels), "of": len(c.weight), "before": float(noise[0]), "after": float(noise[1])}
     name = value_name(c.layer).removesuffix(":first")
     edit.log.append(LogEntry("split_tensor", name, text, {**figures, "bytes": bytes_, "macs": work}))
