@@ -18,7 +18,7 @@ LAYERS: dict[int, str] = {
     3: "targets place",
     4: "stats grids walk correct calibrate",
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
-    "dual transforms.split_tensor",
+    "dual parts transforms.split_tensor",
     8: "lower engine integer parity export_onnx evaluate benchmark report recipe quantize inspection summary job",
     9: "cli __init__ __main__",
 }

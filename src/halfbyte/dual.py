@@ -138,12 +138,13 @@ def _better(a: Dual, b: Dual) -> Dual:
     def chosen(x: Tensor, y: Tensor) -> Tensor:
         return torch.where(wins if x.ndim == 1 else wins[:, None], y, x)
 
-    pairs = zip(
-        (a.first, a.second, a.first_codes, a.second_codes),
-        (b.first, b.second, b.first_codes, b.second_codes),
-        strict=True,
+    return Dual(
+        chosen(a.first, b.first),
+        chosen(a.second, b.second),
+        chosen(a.first_codes, b.first_codes),
+        chosen(a.second_codes, b.second_codes),
+        course,
     )
-    return Dual(*(chosen(x, y) for x, y in pairs), course)
 
 
 def dual_ranges(h: Histogram, form: Format) -> tuple[Grid, Grid]:

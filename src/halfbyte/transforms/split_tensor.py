@@ -17,9 +17,8 @@ The float network stays what it was: the first weight is ``W - alpha_2 q_2``, wh
 because the pair is the nearest one, the second ``alpha_2 q_2``; and ``x - Q_1(x)`` is zero where nothing is rounded.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -34,12 +33,10 @@ from halfbyte.graph import (
     bias_of,
     blocks,
     by_value,
-    editable,
     groups,
     input_axis,
     layers,
     macs,
-    parameter,
     per_input,
     replace_uses,
     unblocks,
@@ -48,12 +45,9 @@ from halfbyte.graph import (
 from halfbyte.grids import MSE
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, REQUANTIZE, aten
+from halfbyte.parts import RESIDUAL, SECOND, WIDE, Edit, add_second, add_twin, inputs_each, readers
 from halfbyte.run import run, simulate
 from halfbyte.stats import Histogram, histogram
-from halfbyte.targets import activation_format
-
-_WIDE = 8  # bits of what the parts put out, and of a value that is read in two parts
-_SECOND, _RESIDUAL = ":second", ":residual"
 
 
 def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activations: float = 0.0) -> QModel:
@@ -83,71 +77,6 @@ def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activ
     return _measured(_values_split(split, seen.histograms, activations), batches)
 
 
-@dataclass
-class _Edit:
-    """A model under change: its graph is a copy, its mappings are copies."""
-
-    m: QModel
-    graph: fx.Graph = field(init=False)
-
-    def __post_init__(self) -> None:
-        m = self.m
-        self.graph = editable(m.graph)
-        self.params, self.plan, self.ties, self.grids = dict(m.params), dict(m.plan), dict(m.ties), dict(m.grids)
-        self.log: list[LogEntry] = []
-        self.wide: dict[str, Grid] = {}
-
-    def done(self) -> QModel:
-        """The changed model."""
-        self.graph.lint()
-        changed = {"params": self.params, "plan": self.plan, "ties": self.ties, "grids": self.grids}
-        return regridded(replace(self.m, graph=self.graph, **changed).logged(*self.log), self.wide)
-
-    def constant(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-        """A node for a new parameter."""
-        self.params[name] = tensor
-        node = parameter(self.graph, name, before, tensor.shape)
-        node.meta["dtype"] = str(tensor.dtype).removeprefix("torch.")
-        return node
-
-    def after(self, node: fx.Node, target: Any, args: tuple[Any, ...], name: str, **meta: Any) -> fx.Node:
-        """A new operation behind ``node``, like it but for its name and ``meta``."""
-        with self.graph.inserting_after(node):
-            new = self.graph.create_node("call_function", target, args)
-        new.meta = {**node.meta, "value": name, **meta}
-        return new
-
-    def moved(self, source: fx.Node, node: fx.Node) -> None:
-        """``node`` holds codes of ``source`` as they are."""
-        name = value_name(source)
-        self.plan[value_name(node)] = self.plan.get(name)
-        if self.plan.get(name) is not None:
-            self.ties[value_name(node)] = self.ties.get(name, name)
-
-    def part_format(self, layer: fx.Node) -> Format | None:
-        """The format of what a part puts out: None where the kernel writes floats."""
-        assert self.m.target is not None
-        writes_floats = layer.target is LINEAR and "linear" in self.m.target.float_output
-        return None if writes_floats else activation_format(self.m.target, _WIDE)
-
-    def summed(self, layer: fx.Node, other: fx.Node, suffix: str) -> fx.Node:
-        """``layer + other`` takes the layer's place and name, so that formats, grids and outputs by this name hold for the sum."""
-        name = value_name(layer)
-        layer.meta["value"] = name + suffix
-        self.plan[name + suffix] = self.part_format(layer)
-        total = self.after(other, aten.add.Tensor, (layer, other), name, shape=layer.meta["shape"])
-        layer.replace_all_uses_with(total, delete_user_cb=lambda u: u is not total, propagate_meta=False)
-        return total
-
-    def zero_bias(self, layer: fx.Node, name: str, count: int, before: fx.Node) -> fx.Node | None:
-        """A bias of zeros where the layer has one: correction works on each part."""
-        bias = bias_of(layer)
-        if bias is None:
-            return None
-        like = self.params[str(bias.target)]
-        return self.constant(f"{name}.bias", like.new_zeros(count), before)
-
-
 @dataclass(frozen=True)
 class _Candidate:
     """A layer whose kernels may get second parts, and what is known of each kernel, [kernels]."""
@@ -159,10 +88,15 @@ class _Candidate:
     form: Format
     relative: Tensor
 
+    def error(self, w: Tensor, grid: Grid) -> float:
+        """What rounding this weight costs, weighted, over the square of the layer's weight."""
+        noise = (fake_quantize(w, grid) - w).flatten(1).square() * self.power
+        return float(noise.sum() / (self.weight.square() * self.power).sum().clamp(min=1e-30))
+
     @property
     def bytes_each(self) -> float:
         """Of one second kernel: codes, scale, bias, and the channels that a grouped one reads."""
-        gathered = 4 * _inputs_each(self.layer) if groups(self.layer) > 1 else 0
+        gathered = 4 * inputs_each(self.layer) if groups(self.layer) > 1 else 0
         bias = 4 if bias_of(self.layer) is not None else 0
         return self.weight.shape[1] * self.form.bits / 8 + 4 + bias + gathered
 
@@ -174,18 +108,13 @@ class _Candidate:
         return count * self.bytes_each + index, count * macs(self.layer) / len(self.weight)
 
 
-def _inputs_each(layer: fx.Node) -> int:
-    """How many input channels a kernel reads."""
-    return int(layer.args[1].meta["shape"][1])  # type: ignore[union-attr]
-
-
 def _candidates(m: QModel, inputs: InputMoments) -> tuple[list[_Candidate], list[LogEntry]]:
     found, log = [], []
     for layer in layers(m.graph):
         weight, x = weight_of(layer), layer.args[0]
         assert weight is not None and isinstance(x, fx.Node)  # layers() lists those with a constant weight
         form, grid = m.plan.get(value_name(weight)), m.grid(value_name(weight))
-        if form is None or grid is None or form.bits >= _WIDE or m.plan.get(value_name(x)) is None:
+        if form is None or grid is None or form.bits >= WIDE or m.plan.get(value_name(x)) is None:
             continue
         reason = _why_not(m, layer)
         if reason:
@@ -210,7 +139,7 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
         return "kernels of a transposed convolution are not split"
     if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):  # type: ignore[union-attr]
         return "its parameters are shared"
-    if value_name(weight).endswith(_SECOND) or f"{value_name(weight)}{_SECOND}" in m.params:  # type: ignore[arg-type]
+    if value_name(weight).endswith(SECOND) or f"{value_name(weight)}{SECOND}" in m.params:  # type: ignore[arg-type]
         return "it has second tensors already"
     form = m.plan[value_name(weight)]  # type: ignore[arg-type]
     return "" if form is not None and form.symmetric and form.group is None else "its weight is not symmetric"
@@ -218,7 +147,7 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
 
 def _kernels_split(m: QModel, inputs: InputMoments, share: float) -> QModel:
     """Choose kernels until the budget is spent, worst first, and split them layer by layer."""
-    edit = _Edit(m)
+    edit = Edit(m)
     found, log = _candidates(replace(m, graph=edit.graph), inputs)
     chosen = _chosen(found, [limit * share - spent for limit, spent in zip(*_accounts(m), strict=True)])
     edit.log += log
@@ -243,10 +172,10 @@ def _accounts(m: QModel) -> tuple[tuple[float, float], tuple[float, float]]:
     for layer in layers(m.graph):
         weight = weight_of(layer)
         assert weight is not None  # layers() lists those with a constant weight
-        if value_name(layer).endswith(_RESIDUAL):
+        if value_name(layer).endswith(RESIDUAL):
             continue
         form, w, second = m.plan.get(value_name(weight)), m.params[str(weight.target)], value_name(weight) + "."
-        account = spent if value_name(weight).endswith(_SECOND) else came
+        account = spent if value_name(weight).endswith(SECOND) else came
         account[0] += w.numel() * (32 if form is None else form.bits) / 8
         account[1] += macs(layer)
         if account is spent:  # scales, biases, and which channels they read and write
@@ -268,7 +197,7 @@ def _chosen(found: list[_Candidate], left: list[float]) -> list[list[int]]:
     return chosen
 
 
-def _split_layer(edit: _Edit, c: _Candidate, kernels: Tensor) -> None:
+def _split_layer(edit: Edit, c: _Candidate, kernels: Tensor) -> None:
     """Second kernels for some of a layer's: solve, store both weights, and change the graph."""
     weight = weight_of(c.layer)
     assert weight is not None
@@ -287,20 +216,16 @@ def _split_layer(edit: _Edit, c: _Candidate, kernels: Tensor) -> None:
     if not single:
         scales[kernels] = torch.maximum(found.first, _floor(edit.m, c.layer)[kernels])
     edit.grids[value_name(weight)] = replace(c.grid, scale=scales)
-    limits = (torch.full_like(found.second, v, dtype=torch.int32) for v in (0, form.lo, form.hi))
-    parts = (found.second, *limits)
-    edit.grids[name + _SECOND] = Grid(*(t.reshape(()) for t in parts)) if single else Grid(*parts, axis=0)
-    edit.plan[name + _SECOND] = c.form
-    _add_second(edit, c.layer, kernels, second.contiguous())
-    signal = (c.weight.square() * c.power).sum().clamp(min=1e-30)
-    noise = [((fake_quantize(t, g) - t).flatten(1).square() * c.power).sum() / signal for t, g in (
-        (w, c.grid), (first, edit.grids[value_name(weight)]))]  # fmt: skip
+    alpha = found.second.reshape(()) if single else found.second
+    zero, low, high = (torch.full_like(alpha, v, dtype=torch.int32) for v in (0, form.lo, form.hi))
+    edit.grids[name + SECOND] = Grid(alpha, zero, low, high, axis=None if single else 0)
+    edit.plan[name + SECOND] = c.form
+    add_second(edit, c.layer, kernels, second.contiguous())
+    before, after = c.error(w, c.grid), c.error(first, edit.grids[value_name(weight)])
     bytes_, work = c.cost(len(kernels))
     text = f"{len(kernels)} of {len(c.weight)} kernels have a second tensor: relative error of the weights "
-    text += (
-        f"{float(noise[0]):.3g} before, {float(noise[1]):.3g} after; {bytes_:.0f} bytes and {work:.0f} operations more"
-    )
-    figures = {"kernels": len(kernels), "of": len(c.weight), "before": float(noise[0]), "after": float(noise[1])}
+    text += f"{before:.3g} before, {after:.3g} after; {bytes_:.0f} bytes and {work:.0f} operations more"
+    figures = {"kernels": len(kernels), "of": len(c.weight), "before": before, "after": after}
     name = value_name(c.layer).removesuffix(":first")
     edit.log.append(LogEntry("split_tensor", name, text, {**figures, "bytes": bytes_, "macs": work}))
 
@@ -314,68 +239,20 @@ def _floor(m: QModel, layer: fx.Node) -> Tensor:
     return m.parameters[str(bias.target)].abs().float() / (BIAS_LIMIT * read.scale)
 
 
-def _add_second(edit: _Edit, layer: fx.Node, kernels: Tensor, second: Tensor) -> None:
-    """The small layer of second kernels, its outputs moved to their channels, and the sum."""
-    name, axis, count = value_name(layer), input_axis(layer), len(kernels)
-    stem, total = str(weight_of(layer).target), layer.meta["shape"][axis]  # type: ignore[union-attr]
-    x, g = layer.args[0], groups(layer)
-    assert isinstance(x, fx.Node)
-    each = _inputs_each(layer)
-    last = layer
-    if g > 1:  # a group for each kernel, with the channels that it reads
-        start = kernels // (total // g) * each
-        index = (start[:, None] + torch.arange(each)).flatten().int()
-        at = edit.constant(f"{stem}{_SECOND}.inputs", index, layer)
-        shape = (x.meta["shape"][0], len(index), *x.meta["shape"][2:])
-        x = _gathered(edit, x, at, axis, f"{name}{_SECOND}:inputs", last, shape)
-        last = x
-    weight = edit.constant(stem + _SECOND, second, layer)
-    bias = edit.zero_bias(layer, f"{stem}{_SECOND}", count, layer)
-    rest = (*layer.args[3:6], count if g > 1 else 1) if layer.target is CONV else ()
-    shape = list(layer.meta["shape"])
-    shape[axis] = count
-    small = edit.after(last, layer.target, (x, weight, bias, *rest), name + _SECOND, shape=tuple(shape))
-    edit.plan[name + _SECOND] = edit.part_format(layer)
-    if count < total:
-        pads = [0] * (2 * (len(shape) - (axis % len(shape)) - 1)) + [0, 1]
-        shape[axis] += 1
-        padded = edit.after(small, aten.pad.default, (small, pads), f"{name}{_SECOND}:padded", shape=tuple(shape))
-        edit.moved(small, padded)
-        places = torch.full((total,), count, dtype=torch.int32)
-        places[kernels] = torch.arange(count, dtype=torch.int32)
-        at = edit.constant(f"{stem}{_SECOND}.places", places, layer)
-        small = _gathered(edit, padded, at, axis, f"{name}{_SECOND}:placed", padded, layer.meta["shape"])
-    edit.summed(layer, small, ":first")
-
-
-def _gathered(
-    edit: _Edit, source: fx.Node, index: fx.Node, axis: int, name: str, behind: fx.Node, shape: tuple[Any, ...]
-) -> fx.Node:
-    """Some channels of a value, in this order."""
-    args = (source, axis % len(shape), index)
-    node = edit.after(behind, aten.index_select.default, args, name, shape=tuple(shape), dtype=source.meta["dtype"])
-    edit.moved(source, node)
-    return node
-
-
-def _values_split(m: QModel, histograms: dict[str, Histogram] | Any, share: float) -> QModel:
+def _values_split(m: QModel, histograms: Mapping[str, Histogram], share: float) -> QModel:
     """Second inputs for the layers that read the most badly rounded values, until the budget is spent."""
-    edit = _Edit(m)
+    edit = Edit(m)
     known = by_value(edit.graph)
     ranked = []
     for name, h in histograms.items():
         node, form, grid = known[name], edit.plan[name], edit.grids.get(name)
-        if form is None or grid is None or form.bits >= _WIDE or not _only_layers_read(edit, node):
+        if form is None or grid is None or form.bits >= WIDE or not _only_layers_read(edit, node):
             continue
-        held = h.counts > 0
-        centres, counts = h.centres[held].float(), h.counts[held]
-        power = (centres.double().square() * counts).sum().clamp(min=1e-30)
-        noise = ((fake_quantize(centres, grid) - centres).double().square() * counts).sum()
-        ranked.append((float(noise / power), node, h))
+        ranked.append((_relative(h, grid), node, h))
     total, spent = _accounts(m)[0][1], _residual_work(m)
     count = 0
     for error, node, h in sorted(ranked, key=lambda r: -r[0]):
-        work = float(sum(macs(n) for n in _readers(node)))
+        work = float(sum(macs(n) for n in readers(node)))
         if spent + work <= share * total:
             spent, count = spent + work, count + 1
             _split_value(edit, node, h, error, work)
@@ -385,33 +262,35 @@ def _values_split(m: QModel, histograms: dict[str, Histogram] | Any, share: floa
     return edit.done()
 
 
+def _relative(h: Histogram, *grids: Grid) -> float:
+    """Squared error of a value on these grids, each of which rounds what those before leave, over the value's square."""
+    held = h.counts > 0
+    centres, counts = h.centres[held].float(), h.counts[held]
+    left = centres
+    for grid in grids:
+        left = left - fake_quantize(left, grid)
+    power = (centres.double().square() * counts).sum().clamp(min=1e-30)
+    return float((left.double().square() * counts).sum() / power)
+
+
 def _residual_work(m: QModel) -> float:
-    return float(sum(macs(n) for n in layers(m.graph) if value_name(n).endswith(_RESIDUAL)))
+    return float(sum(macs(n) for n in layers(m.graph) if value_name(n).endswith(RESIDUAL)))
 
 
-def _is_gather(node: fx.Node) -> bool:
-    return node.target is aten.index_select.default and value_name(node).endswith(f"{_SECOND}:inputs")
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """The layers that read a value, through the gathers of second kernels."""
-    return [n for user in node.users for n in (_readers(user) if _is_gather(user) else [user])]
-
-
-def _only_layers_read(edit: _Edit, node: fx.Node) -> bool:
+def _only_layers_read(edit: Edit, node: fx.Node) -> bool:
     """All readers are layers on codes, and none of them reads a second input yet."""
     every, name = set(layers(edit.graph)), value_name(node)
-    if name in edit.ties or name.endswith(_RESIDUAL) or any(value_name(u).endswith(_RESIDUAL) for u in node.users):
+    if name in edit.ties or name.endswith(RESIDUAL) or any(value_name(u).endswith(RESIDUAL) for u in node.users):
         return False
 
     def reads(n: fx.Node) -> bool:
         planned = n in every and n.target in (CONV, LINEAR)
         return planned and edit.plan.get(value_name(weight_of(n))) is not None  # type: ignore[arg-type]
 
-    return bool(node.users) and all(reads(n) for n in _readers(node))
+    return bool(node.users) and all(reads(n) for n in readers(node))
 
 
-def _split_value(edit: _Edit, node: fx.Node, h: Histogram, error: float, work: float) -> None:
+def _split_value(edit: Edit, node: fx.Node, h: Histogram, error: float, work: float) -> None:
     """``Q_1(x)`` and ``Q_2(x - Q_1(x))`` for the layers that read x; x itself becomes wide."""
     name, form = value_name(node), edit.plan[value_name(node)]
     assert form is not None
@@ -420,43 +299,20 @@ def _split_value(edit: _Edit, node: fx.Node, h: Histogram, error: float, work: f
     else:
         wide, first = node, edit.after(node, REQUANTIZE, (node,), f"{name}:quantized")
         replace_uses(node, first)
-        edit.plan[name] = replace(form, bits=_WIDE)
+        edit.plan[name] = replace(form, bits=WIDE)
         edit.wide[name] = MSE().activation(h, edit.plan[name])  # type: ignore[arg-type]
         for tied in [t for t, root in edit.ties.items() if root == name]:
             edit.ties[tied] = value_name(first)
     users = list(first.users)
-    left = edit.after(first, aten.sub.Tensor, (wide, first), f"{value_name(first)}{_RESIDUAL}")
+    left = edit.after(first, aten.sub.Tensor, (wide, first), f"{value_name(first)}{RESIDUAL}")
     grids = dual_ranges(h, form)
     for value, grid in zip((first, left), grids, strict=True):
         edit.plan[value_name(value)], edit.grids[value_name(value)] = form, grid
     for user in users:
-        _twin(edit, user, left)
-    held = h.counts > 0
-    centres, counts = h.centres[held].float(), h.counts[held]
-    rest = centres - fake_quantize(centres, grids[0])
-    noise = ((fake_quantize(rest, grids[1]) - rest).double().square() * counts).sum()
-    after = float(noise / (centres.double().square() * counts).sum().clamp(min=1e-30))
+        add_twin(edit, user, left)
+    after = _relative(h, *grids)
     text = f"is read in two parts: relative error {error:.3g} before, {after:.3g} after; {work:.0f} operations more"
     edit.log.append(LogEntry("split_tensor", name, text, {"before": error, "after": after, "macs": work}))
-
-
-def _twin(edit: _Edit, reader: fx.Node, left: fx.Node) -> None:
-    """The same layer, with the same weight, on what the first part has left."""
-    name = value_name(reader)
-    if _is_gather(reader):
-        users = list(reader.users)
-        args = (left, *reader.args[1:])
-        copy = edit.after(reader, reader.target, args, name + _RESIDUAL)
-        edit.moved(left, copy)
-        for user in users:
-            _twin(edit, user, copy)
-        return
-    count = int(reader.args[1].meta["shape"][0])  # type: ignore[union-attr]
-    bias = edit.zero_bias(reader, f"{name}{_RESIDUAL}", count, reader)
-    args = (left, reader.args[1], bias, *reader.args[3:])
-    twin = edit.after(reader, reader.target, args, name + _RESIDUAL)
-    edit.plan[name + _RESIDUAL] = edit.part_format(reader)
-    edit.summed(reader, twin, ":main")
 
 
 @torch.inference_mode()
