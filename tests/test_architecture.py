@@ -17,7 +17,8 @@ LAYERS: dict[int, str] = {
     "transforms.absorb_bias capture",
     3: "targets place",
     4: "stats grids walk correct calibrate",
-    5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks",
+    5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
+    "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate benchmark latency report recipe quantize inspection summary job",
     9: "cli __init__ __main__",

@@ -70,7 +70,7 @@ def test_every_recipe_round_trips_through_its_file(name: str, tmp_path: Path) ->
 def test_recipes_are_listed() -> None:
     code, out, _ = invoke("recipes")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["default", "dfq", "low-bit", "whitepaper-ptq"]
+    assert [line.split()[0] for line in out.splitlines()] == ["default", "dfq", "low-bit", "omse", "whitepaper-ptq"]
     assert [r["name"] for r in json.loads(invoke("recipes", "--json")[1])] == recipe.names()
 
 
@@ -81,6 +81,7 @@ def test_recipes_are_listed() -> None:
         ('version = 1\n[[steps]]\nstep = "equalize"\nmetod = "noise"', "unknown key 'metod'; did you mean 'method'"),
         ('version = 1\n[[steps]]\nstep = "equalize"\nmethod = "both"', "'both' is not one of 'noise', 'weights'"),
         ('version = 1\n[[steps]]\nstep = "equalize"\nguard = 1', "1 is not true or false"),
+        ('version = 1\n[[steps]]\nstep = "split_tensor"\nshare = 2', "2 is not a number from 0 to 1"),
         ('version = 2\n[[steps]]\nstep = "equalize"', "reads version 1"),
         ('version = 1\ntitle = "x"\n[[steps]]\nstep = "equalize"', "unknown key 'title'"),
         ("version = 1", "needs [[steps]]"),

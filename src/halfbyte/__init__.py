@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
+    from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Bits, Format, bits
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+    from halfbyte.transforms.split_tensor import split_tensor
     from halfbyte.walk import walk
 
 __version__ = "0.1.0"
@@ -107,6 +109,9 @@ _WHERE = {
     "save": "store",
     "equalize": "transforms.equalize",
     "fold_batchnorm": "transforms.fold_batchnorm",
+    "split_tensor": "transforms.split_tensor",
+    "Dual": "dual",
+    "dual": "dual",
 }
 
 __all__ = [
@@ -119,6 +124,7 @@ __all__ = [
     "Budget",
     "CostTable",
     "Descent",
+    "Dual",
     "EngineLatency",
     "Format",
     "Grid",
@@ -146,6 +152,7 @@ __all__ = [
     "correct_bias",
     "costs",
     "dequantize",
+    "dual",
     "equalize",
     "export_onnx",
     "fake_quantize",
@@ -169,6 +176,7 @@ __all__ = [
     "sensitivity",
     "several",
     "simulate",
+    "split_tensor",
     "walk",
 ]
 

@@ -14,6 +14,7 @@ from halfbyte.stats import Histogram
 _SMALLEST = 1e-8  # a scale relative to float32: below it codes would be noise
 _CANDIDATES = 40  # thresholds tried between none and all of the range, then refined around the best
 _SAMPLED = 1 << 14  # values of a row that a search looks at
+_NET_STEP, _HALVINGS, _FITS = 1.03, 4, 3  # of the search for the range of a row
 _SEARCHED_BITS = 10  # a histogram of 2048 bins can tell apart grids of this width, not finer ones
 
 
@@ -153,12 +154,24 @@ class _Rows:
     power: Tensor | None
     largest: Tensor
 
-    def errors(self, share: Tensor) -> Tensor:
-        """[rows]: squared error of each row on the grid that keeps so much of its range, weighted by the power of its inputs."""
+    def codes(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, values]: codes less zero-point on the grid that keeps so much of each row's range; and its scale [rows, 1]."""
         grid = _row_grid(self.w, self.form, share, self.pairs, self.largest)
         scale, zero, lo, hi = (t.reshape(-1, 1) for t in (grid.scale, grid.zero, grid.lo, grid.hi))
-        error = (self.flat / scale).round_().clamp_(lo - zero, hi - zero).mul_(scale).sub_(self.flat).square_()
+        return (self.flat / scale).round_().clamp_(lo - zero, hi - zero), scale
+
+    def errors(self, share: Tensor) -> Tensor:
+        """[rows]: squared error of each row on the grid that keeps so much of its range, weighted by the power of its inputs."""
+        codes, scale = self.codes(share)
+        error = codes.mul_(scale).sub_(self.flat).square_()
         return (error if self.power is None else error.mul_(self.power)).sum(1)
+
+    def fitted(self, share: Tensor) -> Tensor:
+        """[rows]: the share whose scale fits the codes of this one best, ``<T, q> / <q, q>`` (arXiv 1902.06822)."""
+        codes, scale = self.codes(share)
+        weighted = codes if self.power is None else codes * self.power
+        scale_of_codes = (weighted * self.flat).sum(1) / (weighted * codes).sum(1)
+        return torch.where(scale_of_codes > 0, share * scale_of_codes / scale[:, 0], share).clamp(max=1.0)
 
 
 def _sampled(w: Tensor, form: Format, power: Tensor | None) -> tuple[Tensor, Format, Tensor | None]:
@@ -242,7 +255,9 @@ class MSE:
         return from_range(lo * share_lo, hi * share_hi, form, device)
 
     def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
-        """Grid by a search for each row: a net of shares of the range, then a finer one around the best."""
+        """Grid by a search for each row: a net of shares of the range, steps halved around the best, then scale and codes fitted
+        to each other in turn. The error is not convex, so the net is what finds the right valley.
+        """
         two = _two_largest(w, form) if pairs else None
         part, flat_form, weighted = _sampled(w, form, power)
         flat = rows(part, flat_form)
@@ -252,10 +267,15 @@ class MSE:
         best = torch.ones(len(flat), device=w.device)
         least = searched.errors(best)
         # Inputs of little power may meet the largest weights, so the optimum can lie far below the whole range.
-        for share in (*torch.logspace(-1.0, -0.2, 8).tolist(), *torch.linspace(0.66, 0.99, 18).tolist()):
+        for share in (*torch.logspace(-1.0, -0.3, 12).tolist(), *torch.linspace(0.52, 0.985, 32).tolist()):
             best, least = self._better(searched, torch.full_like(best, share), best, least)
-        for step in (-0.01, -0.005, 0.005, 0.01):
-            best, least = self._better(searched, (best * (1 + step)).clamp(max=1.0), best, least)
+        step = _NET_STEP
+        for _ in range(_HALVINGS):
+            step = step**0.5
+            for factor in (1 / step, step):
+                best, least = self._better(searched, (best * factor).clamp(max=1.0), best, least)
+        for _ in range(_FITS):
+            best, least = self._better(searched, searched.fitted(best), best, least)
         return _row_grid(w, form, best, two)
 
     @staticmethod

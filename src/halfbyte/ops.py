@@ -169,7 +169,7 @@ _KINDS: dict[Any, Kind] = {
 }
 _CODES = (
     "max_pool1d max_pool2d max_pool3d reshape view flatten unflatten permute transpose t slice select split "
-    "split_with_sizes chunk unbind squeeze unsqueeze expand repeat upsample_nearest1d upsample_nearest2d "
+    "split_with_sizes chunk unbind squeeze unsqueeze expand repeat index_select upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d pixel_shuffle flip pad narrow movedim"
 ).split()
 _LISTS = ("split", "split_with_sizes", "chunk", "unbind")  # the value is a list; the tensors are its items

@@ -28,6 +28,7 @@ from halfbyte.run import run, simulate
 from halfbyte.transforms.absorb_bias import absorb_bias
 from halfbyte.transforms.equalize import equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+from halfbyte.transforms.split_tensor import split_tensor
 
 Range = Literal["mse", "min-max", "percentile"]
 From = Literal["auto", "data", "moments"]
@@ -171,6 +172,12 @@ def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
     return correct_bias(m, data, ranges=c.ranges)
 
 
+def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.0) -> QModel:
+    if c.source is None:
+        return m.logged(LogEntry("split_tensor", None, "left out: there are no data"))
+    return split_tensor(m, c.few(), share=share, activations=activations)
+
+
 def _reconstruct(
     m: QModel,
     c: Context,
@@ -214,6 +221,7 @@ STEPS: dict[str, Step] = {
     "absorb_bias": _absorb,
     "place": _place,
     "calibrate": _calibrate,
+    "split_tensor": _split,
     "correct_bias": _correct,
     "reconstruct": _reconstruct,
 }
@@ -302,6 +310,8 @@ def _check_step(step: Mapping[str, Any], where: str) -> None:
             raise UsageError(f"{where} ({name}): {key} = {value!r} is not true or false")
         if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise UsageError(f"{where} ({name}): {key} = {value!r} is not a whole number of at least 0")
+        if kind is float and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1):
+            raise UsageError(f"{where} ({name}): {key} = {value!r} is not a number from 0 to 1")
 
 
 def check(recipe: Recipe) -> None:

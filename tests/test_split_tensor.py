@@ -1,0 +1,272 @@
+"""Second tensors in the graph: the float network stays, the sums are exact, the budget holds, the engine agrees."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte import engine, recipe
+from halfbyte.affine import fake_quantize
+from halfbyte.graph import by_value, layers, macs, weight_of
+from halfbyte.integer import run_integer
+from halfbyte.lower import lower
+from halfbyte.model import value_name
+from halfbyte.recipe import error
+from halfbyte.targets import find
+
+
+class Net(nn.Module):
+    """Convolutions plain, depthwise and grouped, a residual, tokens-free linear layers; unequal kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.plain = nn.Conv2d(8, 12, 3, padding=1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=3, bias=False)
+        self.hidden = nn.Linear(12, 16)
+        self.last = nn.Linear(16, 5)
+        with torch.no_grad():
+            for layer in (self.plain, self.depthwise, self.grouped, self.hidden):
+                layer.weight[::3] = layer.weight[::3].sign() * layer.weight[::3].abs() ** 3 * 50  # a heavy tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.plain(torch.relu(self.first(x))))
+        x = x + nn.functional.relu6(self.depthwise(x))
+        x = torch.relu(self.grouped(x)).mean((2, 3))
+        return self.last(torch.relu(self.hidden(x)))
+
+
+def data(count: int = 48) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def calibrated(target: str = "onnxruntime", net: nn.Module | None = None, bits: int = 4) -> hb.QModel:
+    torch.manual_seed(4)
+    x = data()
+    m = hb.capture((net or Net()).eval(), x[:2])
+    where = find(target, saturates=engine.saturates())
+    placed = hb.place(m, where, weight_bits=bits, activation_bits=bits, uniform=False)
+    return hb.calibrate(placed, [(x,)])
+
+
+@pytest.fixture(scope="module")
+def base() -> hb.QModel:
+    torch.set_num_threads(1)
+    return calibrated()
+
+
+def noise(m: hb.QModel) -> float:
+    return error(m, [(data(),)], m.as_float())
+
+
+def simulated(m: hb.QModel, x: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    tap = hb.simulate(m)
+
+    def keep(name: str, t: Tensor) -> Tensor:
+        found[name] = tap(name, t)
+        return found[name]
+
+    hb.run(m, (x,), keep)
+    return found
+
+
+@pytest.mark.parametrize(("share", "activations"), [(0.2, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 0.0)])
+def test_the_float_network_stays(base: hb.QModel, share: float, activations: float) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=share, activations=activations)
+    assert len(split.graph.nodes) > len(base.graph.nodes)
+    x = data(8) * 2
+    (before,), (after,) = hb.run(base.as_float(), (x,)), hb.run(split.as_float(), (x,))
+    assert torch.allclose(before, after, atol=1e-5 * float(before.abs().max()))
+    assert base.graph is not split.graph
+
+
+def test_every_sum_is_proven_in_the_engine(base: hb.QModel, tmp_path: Path) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=0.5, activations=1.0)
+    split_layers = {e.value for e in split.log if e.stage == "split_tensor" and "kernels" in e.figures and e.value}
+    assert split_layers == {"plain", "depthwise", "grouped", "hidden"}
+    parity = hb.export_onnx(split, tmp_path / "net.onnx")
+    assert parity.proven
+    assert parity.float_max_steps == 0
+    assert {op for op, _ in parity.float_nodes} == {"Add", "Sub"}  # of the linear layer's float outputs; of x - Q(x)
+    assert parity.kernels["QLinearAdd"] >= 6
+    hb.save(split, tmp_path / "kept")
+    again = hb.load(tmp_path / "kept")
+    x = data(4)
+    assert torch.equal(hb.predict(split, (x,))[0], hb.predict(again, (x,))[0])
+    assert dict(again.ties) == dict(split.ties)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-per-tensor"])
+def test_integers_are_the_sum_of_both_products(target: str) -> None:
+    """A linear layer's parts are written as floats: ``alpha_1 (q_1 x) + alpha_2 (q_2 x)`` to the last bit."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 10, bias=False), nn.ReLU(), nn.Linear(10, 3))
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    m = hb.capture(net.eval(), x[:2])
+    m = hb.place(m, find(target, saturates=engine.saturates()), weight_bits=4, activation_bits=4, uniform=False)
+    m = hb.calibrate(m, [(x,)])
+    split = hb.split_tensor(m, [(x,)], share=1.0)
+    low = lower(split)
+    seen: dict[str, Tensor] = {}
+
+    def tap(name: str, codes: Tensor) -> Tensor:
+        return seen.setdefault(name, codes)
+
+    run_integer(low, (x,), tap)
+    read, written = split.grid("1"), split.grid("3")
+    assert read is not None and written is not None
+    centred = seen["1"].long() - int(read.zero)
+    kernels = split.params["2.weight:second.places"].long() if "2.weight:second.places" in split.params else None
+    parts = []
+    for name in ("2.weight", "2.weight:second"):
+        grid = split.grids[name]
+        codes = hb.quantize_tensor(split.params[name], grid).long()
+        scale = grid.scale * read.scale
+        parts.append((centred @ codes.T).float() * scale)
+    first, second = parts
+    assert float(second.abs().max()) > 0
+    if kernels is not None:
+        second = torch.cat([second, torch.zeros(len(x), 1)], 1)[:, kernels]
+    expected = (torch.round((first + second) / written.scale) + written.zero).clamp(written.lo, written.hi)
+    assert torch.equal(seen["3"], expected)
+
+
+def test_accumulators_of_convolutions_are_exact(base: hb.QModel) -> None:
+    """Both parts of a convolution are their integer sums, requantized; the sum is that of the engine's addition."""
+    split = hb.split_tensor(base, [(data(),)], share=1.0)
+    x = data(4)
+    seen: dict[str, Tensor] = {}
+    run_integer(lower(split), (x,), lambda n, c: seen.setdefault(n, c))
+    source = next(n for n in by_value(split.graph).values() if value_name(n) == "plain:first").args[0]
+    read = split.grid(value_name(source))  # type: ignore[arg-type]
+    assert read is not None
+    codes = next(c for n, c in seen.items() if n == value_name(source))  # type: ignore[arg-type]
+    for name, weight in (("plain:first", "plain.weight"), ("plain:second", "plain.weight:second")):
+        w, out = split.grids[weight], split.grids[name]
+        q = hb.quantize_tensor(split.params[weight], w).double()
+        acc = nn.functional.conv2d((codes - read.zero).double(), q, padding=1)
+        bias = split.parameters["plain.bias" if name.endswith("first") else "plain.weight:second.bias"]
+        scale = (w.scale * read.scale)[:, None, None]
+        acc = acc + (bias.double()[:, None, None] / scale.double()).round()
+        expected = torch.round(acc.float() * (scale / out.scale)) + out.zero
+        assert torch.equal(seen[name], expected.clamp(out.lo, out.hi))
+
+
+def test_more_tensors_less_noise(base: hb.QModel) -> None:
+    def made(share: float, activations: float) -> float:
+        return noise(hb.split_tensor(base, [(data(),)], share=share, activations=activations))
+
+    none, kernels, values, both = noise(base), made(1.0, 0.0), made(0.0, 1.0), made(1.0, 1.0)
+    assert kernels < none
+    assert values < none
+    assert both < min(kernels, values)
+
+
+def test_one_scale_for_a_whole_weight_gets_a_second_one_too() -> None:
+    m = calibrated("onnxruntime-per-tensor")
+    split = hb.split_tensor(m, [(data(),)], share=1.0)
+    entries = [e for e in split.log if e.stage == "split_tensor" and e.value]
+    assert {e.value for e in entries} >= {"plain", "hidden"}
+    assert all(e.figures["after"] < e.figures["before"] for e in entries)
+    assert split.grids["plain.weight:second"].scale.ndim == 0
+    assert torch.equal(split.grids["plain.weight"].scale, m.grids["plain.weight"].scale)
+    assert noise(split) < noise(m)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+@pytest.mark.parametrize("activations", [0.0, 0.4])
+def test_the_budget_holds_and_a_second_call_changes_nothing(base: hb.QModel, share: float, activations: float) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=share, activations=activations)
+
+    def weight_bytes(m: hb.QModel) -> float:
+        names = {str(w.target) for n in layers(m.graph) if (w := weight_of(n)) is not None}
+        return sum(m.params[n].numel() * m.plan[n].bits / 8 for n in names)  # type: ignore[union-attr]
+
+    work = [sum(macs(n) for n in layers(m.graph)) for m in (base, split)]
+    side = sum(4 * t.numel() for n, t in split.params.items() if ":second." in n)
+    assert weight_bytes(split) + side <= (1 + share) * weight_bytes(base)
+    assert work[1] <= (1 + share + activations) * work[0]
+    again = hb.split_tensor(split, [(data(),)], share=share, activations=activations)
+    assert [value_name(n) for n in again.graph.nodes if "value" in n.meta] == [
+        value_name(n) for n in split.graph.nodes if "value" in n.meta
+    ]
+    x = data(8)
+    assert torch.equal(hb.predict(split, (x,))[0], hb.predict(again, (x,))[0])
+
+
+def test_the_worst_kernels_come_first(base: hb.QModel) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=0.3)
+    entry = next(e for e in split.log if e.stage == "split_tensor" and e.value is None)
+    assert entry.figures["kernels"] == sum(
+        e.figures["kernels"] for e in split.log if e.value and e.stage == "split_tensor"
+    )
+    places = split.params["grouped.weight:second.places"]
+    w, grid = base.params["grouped.weight"], base.grids["grouped.weight"]
+    relative = (fake_quantize(w, grid) - w).flatten(1).square().sum(1) / w.flatten(1).square().sum(1)
+    chosen = places < int(places.max())
+    assert 0 < int(chosen.sum()) < len(chosen)
+    assert float(relative[chosen].min()) >= float(relative[~chosen].median())
+
+
+def test_shared_and_transposed_weights_say_why() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.relu(self.b(torch.relu(self.a(x)))))))
+
+    m = calibrated(net=Shared())
+    split = hb.split_tensor(m, [(data(),)], share=1.0)
+    assert any("its parameters are shared" in str(e) for e in split.log)
+    assert len(split.graph.nodes) == len(m.graph.nodes)
+
+
+def test_eight_bits_have_nothing_to_split() -> None:
+    m = calibrated(bits=8)
+    split = hb.split_tensor(m, [(data(),)], share=1.0, activations=1.0)
+    assert len(split.graph.nodes) == len(m.graph.nodes)
+
+
+def test_what_cannot_work_is_refused(base: hb.QModel) -> None:
+    with pytest.raises(hb.UsageError, match=r"share = 1\.5 is not a fraction"):
+        hb.split_tensor(base, [(data(),)], share=1.5)
+    with pytest.raises(hb.UsageError, match=r"activations = -0\.1 is not a fraction"):
+        hb.split_tensor(base, [(data(),)], activations=-0.1)
+    with pytest.raises(hb.UsageError, match="call place and calibrate"):
+        hb.split_tensor(base.as_float(), [(data(),)])
+    chosen = replace(base, tuned={**base.tuned, "plain.weight": base.params["plain.weight"]})
+    with pytest.raises(hb.UsageError, match="before reconstruct"):
+        hb.split_tensor(chosen, [(data(),)])
+
+
+def test_reconstruction_goes_on_from_a_split_model(base: hb.QModel) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=0.5)
+    solved = hb.reconstruct(split, [(data(),)], hb.Descent())
+    assert "plain.weight" in solved.tuned
+    assert noise(solved) < noise(base)
+
+
+def test_the_recipe_splits_and_keeps_what_helps(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    m = hb.capture(Net().eval(), data(2))
+    log = hb.quantize(m, [data()], recipe="omse", weight_bits=4, activation_bits=4).log
+    assert any(e.stage == "split_tensor" and "held-out" in e.message for e in log)
+    more = recipe.load_recipe("omse").changed("split_tensor", share=1.0, activations=1.0)
+    q = hb.quantize(m, [data()], recipe=more, weight_bits=4, activation_bits=4)
+    assert any(e.stage == "split_tensor" and e.message.startswith("kept") for e in q.log)
+    assert "plain.weight:second" in q.params
+    assert hb.export_onnx(q, tmp_path / "net.onnx").proven
+    nothing = recipe.Context(None, base_target(), 4, 4, {}, {}, lambda *_: None)
+    (entry,) = recipe.STEPS["split_tensor"](m, nothing).log[-1:]
+    assert "there are no data" in entry.message
+
+
+def base_target() -> hb.Target:
+    return find("onnxruntime", saturates=engine.saturates())
