@@ -21,10 +21,10 @@ LAYERS: dict[int, str] = {
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate benchmark latency report recipe quantize inspection summary job",
-    9: "cli __init__ __main__",
+    9: "console cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}
-LATE = ("cli", "__init__")  # these wait with torch until it is needed
+LATE = tuple(LAYERS[9].split())  # the shell waits with torch until it is needed
 FORBIDDEN = {"utils", "util", "helpers", "misc", "common"}
 
 

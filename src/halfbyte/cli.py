@@ -1,16 +1,27 @@
 """The command line. torch is imported when a command starts its work, so that ``--help`` answers at once."""
 
 import json
-import logging
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from halfbyte import __version__
+from halfbyte.console import (
+    Progress,
+    context_settings,
+    fail,
+    friendly_warnings,
+    network_options,
+    output_options,
+    preprocess_from,
+    preprocess_options,
+    say,
+    show,
+    show_tables,
+    use_threads,
+)
 from halfbyte.errors import HalfbyteError, UsageError
 
 _TARGETS = ("onnxruntime", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
@@ -24,27 +35,18 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except HalfbyteError as error:
-            _fail(str(error), error.exit_code)
+            fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             hint = "; what was finished is kept: run the same command with --resume to go on"
-            _fail("interrupted" + (hint if ctx.invoked_subcommand == "quantize" else ""), _INTERRUPTED)
+            fail("interrupted" + (hint if ctx.invoked_subcommand == "quantize" else ""), _INTERRUPTED)
         except MemoryError:
-            _fail("out of memory: use a smaller --batch", 1)
+            fail("out of memory: use a smaller --batch", 1)
         except OSError as error:
             where = f" '{error.filename}'" if error.filename else ""
-            _fail(f"{error.strerror or error}{where}", 2)
+            fail(f"{error.strerror or error}{where}", 2)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"halfbyte: {' '.join(message.split())}", err=True)
-    raise SystemExit(code)
-
-
-def _context() -> dict[str, Any]:
-    return {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-@click.group(cls=_Commands, context_settings=_context())
+@click.group(cls=_Commands, context_settings=context_settings())
 @click.version_option(__version__, prog_name="halfbyte")
 def main() -> None:
     """Turn a trained PyTorch network into one that runs on integers, with a file proven equal to the simulation.
@@ -53,141 +55,11 @@ def main() -> None:
     """
 
 
-def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
-    return click.option("--quiet", "-q", is_flag=True, help="No progress, no summary.")(command)
-
-
-def _network_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option("--checkpoint", metavar="FILE", help="Parameters for the network: .safetensors or .pt."),
-        click.option("--trust", is_flag=True, help="Open files that need pickle, which can run any code."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _preprocess_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options = [
-        click.option("--size", metavar="N|HxW", help="Height and width that the network takes."),
-        click.option("--resize", type=int, metavar="N", help="Short side before the crop [default: size * 256 / 224]."),
-        click.option(
-            "--crop", type=click.Choice(["center", "none"]), help="How the size is reached [default: center]."
-        ),
-        click.option(
-            "--interpolation", type=click.Choice(["bilinear", "bicubic", "nearest"]), help="[default: bilinear]"
-        ),
-        click.option(
-            "--color", type=click.Choice(["rgb", "bgr", "gray"]), help="Order of the channels [default: rgb]."
-        ),
-        click.option("--mean", metavar="X|R,G,B", help="Subtracted from pixels of 0..255."),
-        click.option("--std", metavar="X|R,G,B", help="Divides what is left."),
-        click.option(
-            "--preprocess", "preprocess_file", metavar="FILE", help="All of these from a .json or .toml file."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _preprocess(options: dict[str, Any], fallback: Any = None) -> Any:
-    """The pre-processing that the options describe; ``fallback`` if none is given."""
-    from halfbyte.preprocess import Preprocess, parse_size, parse_triple
-
-    file = options.pop("preprocess_file")
-    given = {k: options.pop(k) for k in ("size", "resize", "crop", "interpolation", "color", "mean", "std")}
-    given = {k: v for k, v in given.items() if v is not None}
-    if file is not None:
-        if given:
-            raise UsageError(
-                f"--preprocess and --{next(iter(given))} were both given: put everything in the file or in the options"
-            )
-        return Preprocess.from_file(file)
-    if not given:
-        return fallback
-    if "size" in given:
-        given["size"] = parse_size(given["size"])
-    for key in ("mean", "std"):
-        if key in given:
-            given[key] = parse_triple(given[key])
-    return Preprocess(**given)
-
-
-class _Progress:
-    """Stages and counts on stderr: a bar with the time left on a terminal, nothing elsewhere."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.shown = not quiet and sys.stderr.isatty()
-        self.bar: Any = None
-        self.task: Any = None
-        self.stage = ""
-
-    def __enter__(self) -> "_Progress":
-        if self.shown:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        if self.bar is None:
-            return
-        if stage != self.stage:
-            if self.task is not None:
-                self.bar.remove_task(self.task)
-            self.task, self.stage = self.bar.add_task(stage, total=total), stage
-        self.bar.update(self.task, completed=done, total=total)
-
-
-def _say(quiet: bool, text: str) -> None:
-    if not quiet:
-        click.echo(text, err=True)
-
-
-def _print(as_json: bool, quiet: bool, data: Any, text: str) -> None:
-    if as_json:
-        click.echo(json.dumps(data, indent=1))
-    elif not quiet:
-        click.echo(text)
-
-
 def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> None:
     if value is not None:
         raise UsageError(
             "--weights is not an option: use --weight-bits for widths, or --checkpoint for a file with parameters"
         )
-
-
-def _threads(threads: int | None) -> int:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
 
 
 @main.command()
@@ -248,9 +120,9 @@ def _threads(threads: int | None) -> int:
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
 @click.option("--weights", hidden=True, expose_value=False, callback=_no_weights, is_eager=True)
-@_network_options
-@_preprocess_options
-@_output_options
+@network_options
+@preprocess_options
+@output_options
 def quantize(
     network: str,
     calibration: str | None,
@@ -281,12 +153,12 @@ def quantize(
 
     bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
     parse_bits(bits)
-    preprocess = _preprocess(options)
+    preprocess = preprocess_from(options)
     options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
     check_output(Path(output), resume=resume, overwrite=overwrite)
-    _threads(threads)
+    use_threads(threads)
     settings = Settings(
         network=network,
         calibration=calibration,
@@ -301,11 +173,11 @@ def quantize(
     if calibration is None and not data_free:
         from halfbyte.quantize import NO_DATA
 
-        _say(quiet, f"no calibration data: {NO_DATA}")
+        say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
-    with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
+    with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
         described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
-    _print(as_json, quiet, described, _verdict(described, output))
+    show(as_json, quiet, described, _verdict(described, output))
 
 
 @main.command()
@@ -354,26 +226,10 @@ def _announce(settings: Any, quiet: bool) -> None:
     if target.narrow_products:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
     data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
-    _say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
+    say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
     if min(parse_bits(settings.bits)) < 8:
         ends = "have them, too" if settings.uniform else "keep 8 bits (--uniform gives them fewer, too)"
-        _say(quiet, f"{settings.bits} in every convolution and linear layer; the first and the last {ends}")
-
-
-def _friendly_warnings(quiet: bool) -> Any:
-    """Warnings of Halfbyte as one line on stderr; those of libraries stay out of the way."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def redirected() -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", module="halfbyte")
-            warnings.showwarning = lambda message, *_: _say(quiet, f"warning: {message}")
-            logging.getLogger("torch").setLevel(logging.ERROR)
-            yield
-
-    return redirected()
+        say(quiet, f"{settings.bits} in every convolution and linear layer; the first and the last {ends}")
 
 
 def _command() -> str:
@@ -414,8 +270,8 @@ def _verdict(described: dict[str, Any], output: str) -> str:
 @click.option("--limit", type=int, help="Use only so many samples.")
 @click.option("--batch", default=50, help="Samples at a time.")
 @click.option("--threads", type=int, help="[default: all cores]")
-@_preprocess_options
-@_output_options
+@preprocess_options
+@output_options
 def evaluate(
     output: Path,
     data: str | None,
@@ -437,7 +293,7 @@ def evaluate(
     from halfbyte.loading import load_callable
 
     m, file, kept, described = open_output(output)
-    preprocess = _preprocess(options, kept)
+    preprocess = preprocess_from(options, kept)
     names = [str(n.target) for n in m.inputs]
     shape = described["outputs"][0]["shape"]
     outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
@@ -447,11 +303,11 @@ def evaluate(
             data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
         )
     own = load_callable(metric) if metric is not None else None
-    with _Progress(quiet or as_json) as progress, _friendly_warnings(quiet):
-        result = score(m, source, file=file, metric=own, threads=_threads(threads), progress=progress)
+    with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
+        result = score(m, source, file=file, metric=own, threads=use_threads(threads), progress=progress)
     described["evaluation"] = result.to_dict()
     write_summary(output, described)
-    _print(as_json, quiet, described["evaluation"], _scores(result))
+    show(as_json, quiet, described["evaluation"], _scores(result))
 
 
 def _scores(result: Any) -> str:
@@ -475,7 +331,7 @@ def _scores(result: Any) -> str:
 @click.option("--rounds", default=50, help="Interleaved rounds.")
 @click.option("--batch", default=1, help="Samples at a time.")
 @click.option("--threads", type=int, help="[default: all cores]")
-@_output_options
+@output_options
 def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
     import tempfile
@@ -489,20 +345,22 @@ def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_jso
         raise UsageError(f"'{output}' has no proven model.onnx to time")
     with (
         tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch,
-        _Progress(quiet or as_json) as progress,
+        Progress(quiet or as_json) as progress,
     ):
         reference = Path(scratch) / "float.onnx"
         progress("export float", 0, None)
         float_file(m, reference)
-        result = measure(m, file, reference, batch=batch, rounds=rounds, threads=_threads(threads), progress=progress)
+        result = measure(
+            m, file, reference, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress
+        )
     described["benchmark"] = vars(result)
     write_summary(output, described)
-    _print(as_json, quiet, vars(result), str(result))
+    show(as_json, quiet, vars(result), str(result))
 
 
 @main.command()
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
-@_output_options
+@output_options
 def report(output: Path, as_json: bool, quiet: bool) -> None:
     """(Re)write OUT/report.html from OUT/summary.json."""
     from halfbyte import report as page
@@ -510,20 +368,20 @@ def report(output: Path, as_json: bool, quiet: bool) -> None:
 
     described = read_summary(output)
     page.write(described, output / REPORT)
-    _print(as_json, quiet, {"report": str(output / REPORT)}, str(output / REPORT))
+    show(as_json, quiet, {"report": str(output / REPORT)}, str(output / REPORT))
 
 
 @main.command()
 @click.argument("thing", metavar="NETWORK|OUT|MODEL.ONNX")
-@_network_options
-@_preprocess_options
-@_output_options
+@network_options
+@preprocess_options
+@output_options
 def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Look at a network, a result or an ONNX file: layers, names, shapes, MACs, ranges, formats. Changes nothing."""
     from halfbyte.inspection import inspect_model, inspect_onnx
 
-    preprocess = _preprocess(options)
-    with _friendly_warnings(quiet):
+    preprocess = preprocess_from(options)
+    with friendly_warnings(quiet):
         if thing.endswith(".onnx"):
             if not Path(thing).is_file():
                 raise UsageError(f"there is no file '{thing}'")
@@ -537,42 +395,9 @@ def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quie
 
             found = inspect_model(capture_network(thing, checkpoint, trust, preprocess))
     if as_json or quiet:
-        _print(as_json, quiet, found, "")
+        show(as_json, quiet, found, "")
     else:
-        _tables(found)
-
-
-def _tables(found: dict[str, Any]) -> None:
-    """Facts as lines, rows as a table that fits the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for key, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            columns = [c for c in value[0] if any(row[c] is not None for row in value)]
-            table = Table(*columns, title=key, title_justify="left", box=None, pad_edge=False)
-            for row in value:
-                table.add_row(*(_cell(row[c]) for c in columns))
-            console.print(table, markup=False)
-        elif key != "log":
-            console.print(f"{key}: {_cell(value)}", markup=False, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return (
-            "x".join(str(v) for v in value)
-            if not value or not isinstance(value[0], str) or value[0] == "batch"
-            else ", ".join(value)
-        )
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        show_tables(found)
 
 
 @main.command()
