@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from halfbyte.lower import lower
     from halfbyte.methods.adaquant import AdaQuant
     from halfbyte.methods.adaround import AdaRound
+    from halfbyte.mixed import Tradeoff, Widths
     from halfbyte.model import LogEntry, Moments, QModel, Target
     from halfbyte.moments import propagate
     from halfbyte.parity import Parity
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from halfbyte.run import run, simulate
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
     from halfbyte.store import load, save
+    from halfbyte.tradeoff import tradeoff
     from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
@@ -102,6 +104,9 @@ _WHERE = {
     "place": "place",
     "Preprocess": "preprocess",
     "quantize": "quantize",
+    "tradeoff": "tradeoff",
+    "Tradeoff": "mixed",
+    "Widths": "mixed",
     "predict": "integer",
     "run": "run",
     "simulate": "run",
@@ -142,7 +147,9 @@ __all__ = [
     "SensitivityTable",
     "Solution",
     "Target",
+    "Tradeoff",
     "UsageError",
+    "Widths",
     "absorb_bias",
     "allocate",
     "best",
@@ -177,6 +184,7 @@ __all__ = [
     "several",
     "simulate",
     "split_tensor",
+    "tradeoff",
     "walk",
 ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from halfbyte import __version__
+from halfbyte.cli_tradeoff import tradeoff
 from halfbyte.console import (
     Progress,
     context_settings,
@@ -72,8 +73,15 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
     "--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + "."
 )
 @click.option("--bits", metavar="WxAy", help="Widths of weights and activations [default: W8A8].")
-@click.option("--weight-bits", type=int, metavar="N", help="Width of weights alone.")
-@click.option("--activation-bits", type=int, metavar="N", help="Width of activations alone.")
+@click.option(
+    "--weight-bits", metavar="N|N,N", help="Width of weights alone; of several, one is chosen for each layer."
+)
+@click.option("--activation-bits", metavar="N|N,N", help="Width of activations alone; of several, one is chosen.")
+@click.option(
+    "--budget",
+    metavar="KIND=AMOUNT",
+    help="What several widths may cost: size=14%, size=1.2MB, logical-size=, bops=10%, latency=4ms, drop=0.5; more with commas.",
+)
 @click.option("--samples", default=256, help="Calibration samples to use.")
 @click.option("--batch", default=32, help="Samples at a time.")
 @click.option("--seed", default=0, help="Chooses the samples.")
@@ -129,8 +137,8 @@ def quantize(
     data_free: bool,
     output: str,
     bits: str | None,
-    weight_bits: int | None,
-    activation_bits: int | None,
+    weight_bits: str | None,
+    activation_bits: str | None,
     keep_float: tuple[str, ...],
     ranges: tuple[str, ...],
     threads: int | None,
@@ -149,10 +157,10 @@ def quantize(
         raise UsageError("--resume and --overwrite contradict each other: choose one")
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
-    from halfbyte.formats import parse_bits
+    from halfbyte.formats import parse_widths
 
-    bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
-    parse_bits(bits)
+    bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
+    parse_widths(bits)
     preprocess = preprocess_from(options)
     options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
@@ -218,7 +226,7 @@ def _seconds(text: str | None) -> float | None:
 def _announce(settings: Any, quiet: bool) -> None:
     """The first line: for which engine, and what its variant means on this machine."""
     from halfbyte import engine
-    from halfbyte.formats import parse_bits
+    from halfbyte.formats import parse_widths
     from halfbyte.targets import find
 
     target = find(settings.target, saturates=engine.saturates())
@@ -227,7 +235,10 @@ def _announce(settings: Any, quiet: bool) -> None:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
     data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
     say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
-    if min(parse_bits(settings.bits)) < 8:
+    weights, activations = parse_widths(settings.bits)
+    if settings.budget is not None:
+        say(quiet, f"each layer gets one of these widths, so that it loses least under {settings.budget}")
+    elif min(*weights, *activations) < 8:
         ends = "have them, too" if settings.uniform else "keep 8 bits (--uniform gives them fewer, too)"
         say(quiet, f"{settings.bits} in every convolution and linear layer; the first and the last {ends}")
 
@@ -410,6 +421,9 @@ def completion(shell: str) -> None:
     if completer is None:
         raise UsageError(f"there is no completion for {shell}")
     click.echo(completer(main, {}, "halfbyte", "_HALFBYTE_COMPLETE").source())
+
+
+main.add_command(tradeoff)
 
 
 if __name__ == "__main__":

@@ -103,3 +103,14 @@ def parse_bits(text: str) -> tuple[int, int]:
     for bits in (weight, activation):
         Format(bits)
     return weight, activation
+
+
+def parse_widths(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``"W4A8"`` -> ((4,), (8,)) and ``"W2,4,8A8"`` -> ((2, 4, 8), (8,)), ascending. Raises :class:`FormatError`."""
+    match = re.fullmatch(r"[Ww](\d+(?:,\d+)*)[Aa](\d+(?:,\d+)*)", text.replace(" ", ""))
+    if not match:
+        raise FormatError(f"'{text}' does not name widths: write them as W8A8, or as W2,4,8A8 to choose among several")
+    weights, activations = (tuple(sorted({int(n) for n in part.split(",")})) for part in match.groups())
+    for width in (*weights, *activations):
+        Format(width)
+    return weights, activations

@@ -20,12 +20,12 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
-from halfbyte.formats import parse_bits
+from halfbyte.formats import parse_widths
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
-from halfbyte.quantize import default_recipe, quantize
+from halfbyte.quantize import choice_of, default_recipe, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.store import load, save
 from halfbyte.targets import find
@@ -46,7 +46,8 @@ class Settings:
     output: str
     checkpoint: str | None = None
     target: str = "onnxruntime"
-    bits: str = "W8A8"
+    bits: str = "W8A8"  # or W2,4,8A8: one of several for each layer
+    budget: str | None = None  # what the choice may cost
     samples: int = 256
     batch: int = 32
     seed: int = 0
@@ -177,7 +178,7 @@ def _quantized(
     preprocess: Preprocess | None, ranges: Mapping[str, tuple[float, float]], overwrite: bool, progress: Progress,
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
-    weight_bits, activation_bits = parse_bits(settings.bits)
+    weight_bits, activation_bits = parse_widths(settings.bits)
     if m is None:
         if overwrite and out.exists():
             _clear(out)
@@ -201,6 +202,7 @@ def _quantized(
                 samples=settings.samples,
                 batch=settings.batch,
                 seed=settings.seed,
+                budget=settings.budget,
                 uniform=settings.uniform,
                 time_limit=settings.time_limit,
                 kept=out / CHECKPOINT / LAYERS,
@@ -215,7 +217,9 @@ def _quantized(
 
 def chosen_recipe(settings: Settings) -> Recipe:
     """The recipe that the settings name, with their range rules in it."""
-    narrowest = min(parse_bits(settings.bits))
+    weight_bits, activation_bits = parse_widths(settings.bits)
+    choice_of(weight_bits, activation_bits, settings.budget)
+    narrowest = min(*weight_bits, *activation_bits)
     recipe = load_recipe(settings.recipe or default_recipe(settings.calibration is not None, narrowest))
     rules = {
         "activations": settings.activation_range,

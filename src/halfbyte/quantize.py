@@ -2,16 +2,20 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from halfbyte import engine
+from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
+from halfbyte.errors import UsageError
 from halfbyte.grids import GridRule
+from halfbyte.mixed import Widths, widths
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.place import Overrides
 from halfbyte.preprocess import Preprocess
@@ -32,8 +36,9 @@ def quantize(
     *,
     target: str | Target = "onnxruntime",
     recipe: str | Recipe | None = None,
-    weight_bits: int = 8,
-    activation_bits: int = 8,
+    weight_bits: int | Sequence[int] = 8,
+    activation_bits: int | Sequence[int] = 8,
+    budget: Budget | str | None = None,
     activations: GridRule | None = None,
     weights: GridRule | None = None,
     overrides: Overrides | None = None,
@@ -50,18 +55,20 @@ def quantize(
 ) -> QModel:
     """Quantize a captured network after training, with unlabelled data or with none.
 
-    data: a folder of pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for
-    each input); None lets the batch norms stand for data. target: engine by name; ``onnxruntime`` means the variant that is
-    exact on this machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default: ``default``
-    with data, ``low-bit`` for fewer than 8 bits, ``dfq`` without data). uniform: the first and the last layer get fewer than 8
-    bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are
-    chosen (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations,
-    weights: range rules in place of the recipe's. overrides: value or glob -> format, None for float. ranges: value ->
-    (lowest, highest) by hand. samples, batch, seed: how much data, in what portions, chosen how. Returns a model that
-    ``predict`` simulates and ``export_onnx`` writes.
+    data: a folder of pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for each
+    input); None lets the batch norms stand for data. target: engine by name; ``onnxruntime`` means the variant that is exact on this
+    machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default: ``default`` with data,
+    ``low-bit`` for fewer than 8 bits, ``dfq`` without data). weight_bits, activation_bits: widths; of several, one is chosen for each
+    layer under ``budget`` (:class:`Budget`, or a text such as ``"size=14%"``). uniform: the first and the last layer get fewer than 8
+    bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are chosen
+    (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations, weights: range
+    rules in place of the recipe's. overrides: value or glob -> format, None for float. ranges: value -> (lowest, highest) by hand.
+    samples, batch, seed: how much data, in what portions, chosen how. Returns a model that ``predict`` simulates and ``export_onnx``
+    writes.
     """
     where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
-    chosen = recipe or default_recipe(data is not None, min(weight_bits, activation_bits))
+    choice, limit = choice_of(weight_bits, activation_bits, budget)
+    chosen = recipe or default_recipe(data is not None, min(*choice.weights, *choice.activations))
     followed = load_recipe(chosen) if isinstance(chosen, str) else chosen
     source = None
     if data is not None:
@@ -74,11 +81,46 @@ def quantize(
     if where.narrow_products:
         reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"
         m = m.logged(LogEntry("quantize", None, f"target {where.name}: {reason}"))
-    context = Context(
-        source, where, weight_bits, activation_bits, overrides or {}, known if data is None else ranges or {}, progress,
-        activations, weights, uniform, seed, kept, time_limit, psutil.virtual_memory().available // 3 if memory is None else memory,
-    )  # fmt: skip
-    return follow(followed, m, context)
+    c = replace(
+        context(where, choice, source, progress),
+        overrides=overrides or {},
+        ranges=known if data is None else ranges or {},
+        activations=activations,
+        weights=weights,
+        uniform=uniform,
+        seed=seed,
+        kept=kept,
+        time_limit=time_limit,
+        budget=limit,
+    )
+    return follow(followed, m, c if memory is None else replace(c, memory=memory))
+
+
+def choice_of(
+    weight_bits: int | Sequence[int], activation_bits: int | Sequence[int], budget: Budget | str | None
+) -> tuple[Widths, Budget | None]:
+    """Widths and budget, which need each other. Raises :class:`UsageError`."""
+    choice = widths(weight_bits, activation_bits)
+    if choice.several and budget is None:
+        raise UsageError("several widths are a choice, which needs a bound: give a budget, as in --budget size=14%")
+    if budget is not None and not choice.several:
+        raise UsageError("a budget chooses among widths: give several, as in --weight-bits 2,4,8")
+    return choice, Budget.parse(budget) if isinstance(budget, str) else budget
+
+
+def context(target: str | Target, choice: Widths, source: Samples | None, progress: Progress) -> Context:
+    """What steps need to know, as it is where a user says nothing else; a third of the free memory may hold running values."""
+    return Context(
+        source,
+        find(target, saturates=engine.saturates()) if isinstance(target, str) else target,
+        choice.weights[0],
+        choice.activations[0],
+        {},
+        {},
+        progress,
+        memory=psutil.virtual_memory().available // 3,
+        widths=choice if choice.several else None,
+    )
 
 
 def default_recipe(data: bool, bits: int) -> str:

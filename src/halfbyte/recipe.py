@@ -12,15 +12,18 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from halfbyte.blocks import Blocks, refine
+from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, calibrate
 from halfbyte.correct import correct_bias
 from halfbyte.data import Samples
 from halfbyte.descent import Descent
 from halfbyte.errors import UsageError
+from halfbyte.formats import Bits
 from halfbyte.grids import RULES, GridRule
 from halfbyte.local import LayerSolver
 from halfbyte.methods.adaquant import AdaQuant
 from halfbyte.methods.adaround import AdaRound
+from halfbyte.mixed import Choosing, Tradeoff, Widths, chosen, prepared, swept
 from halfbyte.model import Inputs, LogEntry, QModel, Target
 from halfbyte.place import Overrides, place
 from halfbyte.reconstruct import reconstruct
@@ -82,6 +85,14 @@ class Context:
     kept: Path | None = None  # where solved layers are kept, so that an interrupted run can go on
     time_limit: float | None = None  # seconds for learned methods
     memory: int | None = None  # bytes of running values to hold at once
+    widths: Widths | None = None  # to choose among; weight_bits and activation_bits are then the narrowest
+    budget: Budget | None = None  # what the choice may cost
+    choosing: Widths | None = None  # one width of these is at work
+
+    def at(self, pair: Bits) -> "Context":
+        """The same for one of the widths alone."""
+        kept = None if self.kept is None else self.kept / str(pair)
+        return replace(self, weight_bits=pair.weights, activation_bits=pair.activations, widths=None, kept=kept)
 
     def few(self) -> list[Inputs]:
         """Some samples for steps that need only channel statistics, none of them held out."""
@@ -127,13 +138,15 @@ def _absorb(m: QModel, c: Context) -> QModel:
 
 
 def _place(m: QModel, c: Context) -> QModel:
+    mixed = c.choosing is not None and len(c.choosing.activations) > 1
     return place(
         m,
         c.target,
         weight_bits=c.weight_bits,
         activation_bits=c.activation_bits,
-        uniform=c.uniform,
         overrides=c.overrides,
+        uniform=c.uniform,
+        narrow=mixed and not c.uniform,
     )
 
 
@@ -163,6 +176,57 @@ def _calibrate(
         correct=correct,
         progress=c.progress,
     )
+
+
+def _allocate(
+    m: QModel,
+    c: Context,
+    *,
+    method: Literal["nearest", "descent", "adaquant"] = "nearest",
+    metric: Literal["auto", "outputs", "divergence", "noise", "second-order"] = "auto",
+    weights: Range = "mse",
+    activations: Range = "mse",
+    logits: Literal["same", "cross-entropy"] = "same",
+    source: From = "auto",
+    correct: bool = True,
+) -> QModel:
+    """Place and calibrate; where there are several widths, once for each, and the integer programme chooses."""
+    ranges = {"weights": weights, "activations": activations, "logits": logits, "source": source, "correct": correct}
+    if c.widths is None or c.budget is None or not c.widths.several:
+        return _calibrate(_place(m, c), c, **ranges)  # type: ignore[arg-type]
+    found = _candidates(m, c, method, metric, ranges)
+    return chosen(found, c.budget, c.held_out(), seed=c.seed)
+
+
+def _candidates(m: QModel, c: Context, method: str, metric: str, ranges: Mapping[str, Any]) -> Choosing:
+    """A finished model for each pair of widths, and what every unit loses and costs at each."""
+    if c.source is None or c.widths is None:
+        raise UsageError("widths are chosen by what the layers lose on data: give --calibration")
+
+    def make(pair: Bits) -> QModel:
+        own = replace(c.at(pair), choosing=c.widths)
+        candidate = _calibrate(_place(m, own), own, **ranges)
+        if method == "nearest":
+            return candidate
+        return _reconstruct(candidate, own, method=method, inputs="float")  # type: ignore[arg-type]
+
+    if metric == "auto":  # a bound in points is about decisions; noise at the outputs tells more on few samples
+        metric = "divergence" if c.budget is not None and c.budget.drop is not None else "outputs"
+    timed = c.budget is not None and c.budget.latency is not None
+    return prepared(make, c.widths, c.lazily(), metric=metric, timed=timed, progress=c.progress)  # type: ignore[arg-type]
+
+
+def front_of(
+    recipe: Recipe, m: QModel, c: Context, *, name: str = "", by: str = "logical_size", points: int = 10
+) -> Tradeoff:
+    """The front of sizes and losses over ``c.widths``, after the steps of the recipe that stand before the choice."""
+    for step in _choosing(recipe):
+        options = {_PYTHON.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
+        if step["step"] == "allocate":
+            method, metric = options.pop("method", "nearest"), options.pop("metric", "auto")
+            return swept(_candidates(m, c, method, metric, options), c.held_out(), name=name, by=by, points=points)
+        m = STEPS[step["step"]](m, c, **options)
+    raise UsageError(f"recipe '{recipe.name}' places nothing: it needs the steps place and calibrate, or allocate")
 
 
 def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
@@ -221,6 +285,7 @@ STEPS: dict[str, Step] = {
     "absorb_bias": _absorb,
     "place": _place,
     "calibrate": _calibrate,
+    "allocate": _allocate,
     "split_tensor": _split,
     "correct_bias": _correct,
     "reconstruct": _reconstruct,
@@ -323,9 +388,9 @@ def check(recipe: Recipe) -> None:
 def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:
     """Run the steps. A guarded step is undone if a held-out part of the data says that it made the model worse."""
     placed = False
-    for step in recipe.steps:
+    for step in recipe.steps if c.widths is None else _choosing(recipe):
         name = step["step"]
-        placed = placed or name == "place"
+        placed = placed or name in ("place", "allocate")
         options = {_PYTHON.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
         after = STEPS[name](m, c, **options)
         m = _guarded(name, m, after, c, placed) if step.get("guard") and c.source is not None else after
@@ -334,6 +399,21 @@ def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:
             f"recipe '{recipe.name}' leaves the model without grids: it needs the steps place and calibrate"
         )
     return m
+
+
+def _choosing(recipe: Recipe) -> tuple[Mapping[str, Any], ...]:
+    """The steps where widths are to be chosen: what places and calibrates does so for each width, with the recipe's own rounding."""
+    if recipe.has("allocate"):
+        return recipe.steps
+    rounding = next((s.get("method", "descent") for s in recipe.steps if s["step"] == "reconstruct"), "nearest")
+    method = {"adaround": "descent", "blocks": "descent"}.get(rounding, rounding)
+    steps: list[Mapping[str, Any]] = []
+    for step in recipe.steps:
+        if step["step"] == "calibrate":
+            steps.append({**step, "step": "allocate", "method": method})
+        elif step["step"] != "place":
+            steps.append(step)
+    return tuple(steps)
 
 
 def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:

@@ -1,0 +1,103 @@
+"""The accuracy-size front of a network over several widths, as data, as a table and as a page."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from halfbyte.calibrate import Progress, silent
+from halfbyte.data import Source
+from halfbyte.errors import StoreError, UsageError
+from halfbyte.mixed import Point, Tradeoff, widths
+from halfbyte.model import QModel, Target
+from halfbyte.preprocess import Preprocess
+from halfbyte.quantize import context, default_recipe, load_samples
+from halfbyte.recipe import Recipe, front_of, load_recipe
+
+_WIDTH, _HEIGHT, _MARGIN = 760, 380, 56  # of the plot, in its own units
+_LEAST = 1e-7
+
+
+def tradeoff(
+    model: QModel,
+    data: Source,
+    *,
+    target: str | Target = "onnxruntime",
+    recipe: str | Recipe | None = None,
+    weight_bits: Sequence[int] = (2, 3, 4, 6, 8),
+    activation_bits: Sequence[int] = (8,),
+    by: str = "logical_size",
+    points: int = 10,
+    preprocess: Preprocess | None = None,
+    uniform: bool = False,
+    samples: int = 256,
+    batch: int = 32,
+    seed: int = 0,
+    name: str = "",
+    progress: Progress = silent,
+) -> Tradeoff:
+    """Measure networks of chosen widths over a sweep of budgets, and uniform ones beside them.
+
+    data, target, recipe, preprocess, uniform, samples, batch, seed: as for :func:`quantize`. weight_bits, activation_bits: the
+    widths to choose among. by: the cost that the budgets bound, ``size``, ``logical_size`` or ``bops``. points: budgets tried.
+    Raises :class:`UsageError` where there is nothing to choose among.
+    """
+    choice = widths(tuple(weight_bits), tuple(activation_bits))
+    if not choice.several:
+        raise UsageError("a front needs several widths: name them as in --weight-bits 2,4,8")
+    found = recipe or default_recipe(True, min(*choice.weights, *choice.activations))
+    followed = load_recipe(found) if isinstance(found, str) else found
+    source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
+    c = replace(context(target, choice, source, progress), uniform=uniform, seed=seed)
+    return front_of(followed, model, c, name=name, by=by, points=points)
+
+
+def page(found: Tradeoff) -> str:
+    """The front as one self-contained HTML page; a point shows its widths under the pointer."""
+    sizes = [p.costs[found.by] for p in found.points]
+    losses = [max(p.loss, _LEAST) for p in found.points]
+    low, high = min(losses), max(losses)
+
+    def at(p: Point) -> dict[str, object]:
+        x = (p.costs[found.by] - min(sizes)) / max(max(sizes) - min(sizes), 1e-9)
+        y = _log_share(max(p.loss, _LEAST), low, high)
+        held = "\n".join(f"{unit}: {width}" for unit, width in (*p.weights.items(), *p.activations.items()))
+        return {
+            "x": round(_MARGIN + x * (_WIDTH - 2 * _MARGIN), 1),
+            "y": round(_HEIGHT - _MARGIN - y * (_HEIGHT - 2 * _MARGIN), 1),
+            "uniform": bool(p.label),
+            "title": f"{p.label or 'chosen'}: {p.costs['size']:,.0f} bytes, loss {p.loss:.4g}\n{held}",
+            "label": p.label,
+            "point": p,
+        }
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    template = environment.from_string(resources.files("halfbyte").joinpath("tradeoff.html.j2").read_text("utf-8"))
+    unit = {"size": "bytes", "logical_size": "bits", "bops": "bit operations", "latency": "seconds"}[found.by]
+    return template.render(
+        found=found, rows=[at(p) for p in found.points], width=_WIDTH, height=_HEIGHT, margin=_MARGIN, unit=unit,
+        ends={"sizes": (min(sizes), max(sizes)), "losses": (low, high)},
+    )  # fmt: skip
+
+
+def _log_share(value: float, low: float, high: float) -> float:
+    """Where a value lies between two others, on a logarithmic scale."""
+    return math.log(value / low) / max(math.log(high / low), 1e-9)
+
+
+def write(found: Tradeoff, folder: Path) -> None:
+    """``tradeoff.json`` and ``tradeoff.html``, each whole or not at all. Raises :class:`StoreError`."""
+    texts = {"tradeoff.json": json.dumps(found.to_dict(), indent=1), "tradeoff.html": page(found)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            part = folder / f".{name}"
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, folder / name)
+    except OSError as error:
+        raise StoreError(f"cannot write to '{folder}': {error.strerror or error}") from error
