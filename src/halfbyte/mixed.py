@@ -169,7 +169,10 @@ class Tradeoff:
 def swept(
     found: Choosing, data: Iterable[Inputs], *, name: str = "", by: str = "logical_size", points: int = 10
 ) -> Tradeoff:
-    """Measure the optima over a sweep of budgets, and every uniform candidate, as whole networks on ``data``."""
+    """Measure the optima over a sweep of budgets, and every uniform candidate, as whole networks on ``data``.
+
+    Losses of single units add up only roughly: an optimum that turns out worse than a network of no higher cost is left out.
+    """
     kept, u = list(data), units(found.candidates)
     metric: Metric = found.table.metric if found.table.metric in ("divergence", "outputs") else "outputs"
 
@@ -181,7 +184,13 @@ def swept(
         _point("", found, u.complete(a.choice), measured(select(found.candidates, a)), a.loss)
         for a in front(found.candidates, found.table, by=by, points=points, costs=found.costs)
     ]
-    return Tradeoff(name, metric, tuple(sorted(rows, key=lambda p: (p.costs[by], p.loss))), by)
+    ordered = sorted(rows, key=lambda p: (p.costs[by], p.loss))
+    least, kept_points = float("inf"), []
+    for p in ordered:  # a chosen network that a cheaper one beats is on no front
+        if p.label or p.loss < least:
+            kept_points.append(p)
+        least = min(least, p.loss)
+    return Tradeoff(name, metric, tuple(kept_points), by)
 
 
 def _point(label: str, found: Choosing, choice: dict[str, int], loss: float, predicted: float | None) -> Point:
