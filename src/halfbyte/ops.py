@@ -89,7 +89,7 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor, axis: int, group: in
 
 
 def _clamp(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, lower), upper)
+    return torch.clamp(x, lower, upper)
 
 
 _register(
