@@ -226,6 +226,74 @@ def dfq(found: list[dict[str, Any]]) -> list[str]:
     return out
 
 
+def chosen_widths(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## Widths chosen layer by layer", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/widths.py`."]
+    out += [
+        "The integer programme's front over weights of 2, 3, 4, 6 and 8 bits (activations 8 bits, first and last layer 8 bits), beside",
+        "uniform widths and a greedy choice under the same budget. *Size* is logical bits over those of float; *noise* is the",
+        "noise-to-signal ratio at the outputs of whole networks on test images. Candidates by Descent on float inputs, not calibrated",
+        "again as mixed. Files are exported, proven and scored in ONNX Runtime, after calibration of the mixture.",
+    ]
+    for r in found:
+        out += [
+            "",
+            f"### {r['network']}: float {percent(r['float'])} on {r['images']} images, {r['samples']} calibration images",
+        ]
+        if "front" in r:
+            out += _front(r["front"])
+        if "files" in r:
+            out += [
+                "",
+                "| budget | size in the file | logical size | top-1 | from float (95 %, paired) | seconds |",
+                "|---" * 6 + "|",
+            ]
+            out += [_budget_row(row) for row in r["files"]]
+        if "recipes" in r:
+            out += [
+                "",
+                "| recipe | widths | noise | top-1 (simulated) | from float (95 %, paired) | passes |",
+                "|---" * 6 + "|",
+            ]
+            out += [
+                f"| {row['recipe']} | {row['bits']} | {row['noise']:.4f} | {percent(row['top1'])} | {_interval(row['difference'])} "
+                f"| {row['passes']:.1f} |"
+                for row in r["recipes"]
+            ]
+    return out
+
+
+def _front(front: dict[str, Any]) -> list[str]:
+    rows = sorted((r for r in front["rows"] if "loss" in r), key=lambda r: (r["share"], r["loss"]))
+    out = ["", "| size | kind | noise | predicted increase |", "|---" * 4 + "|"]
+    for row in rows:
+        kind = row["label"] if row["kind"] == "uniform" else row["kind"]
+        predicted = f"{row['predicted']:.5f}" if "predicted" in row else ""
+        out.append(f"| {percent(row['share'])} % | {kind} | {row['loss']:.5f} | {predicted} |")
+    descents = front["descent_seconds"]
+    return [
+        *out,
+        "",
+        f"Rank correlation of predicted and measured noise over the front: {front['rank_correlation']:.2f}. "
+        f"{len(descents)} candidates by Descent took {sum(descents.values()):.0f} s, the sensitivity table "
+        f"{front['sensitivity_seconds']:.0f} s: {front['allocation_over_descent']:.2f} Descent runs for each width in all.",
+    ]
+
+
+def _interval(d: dict[str, float]) -> str:
+    return f"{d['points']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})"
+
+
+def _budget_row(row: dict[str, Any]) -> str:
+    if "impossible" in row:
+        return f"| {row['budget']} | not possible: {row['impossible']} | | | | |"
+    return (
+        f"| {row['budget']} | {percent(row['shares']['size'])} % | {percent(row['shares']['logical_size'])} % | {percent(row['top1'])} "
+        f"| {_interval(row['difference'])} | {row['seconds']:.0f} |"
+    )
+
+
 def ranges(found: list[dict[str, Any]]) -> list[str]:
     out = ["## Range rules, weights or running values alone", ""]
     if not found:
@@ -272,8 +340,8 @@ def main() -> None:
         "# Benchmarks",
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
-        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `other_tasks.py`, `dfq.py`, `ranges.py`, then",
-        "`python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
+        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `widths.py`, `other_tasks.py`, `dfq.py`,",
+        "`ranges.py`, then `python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
         "",
         "## W8A8 on classifiers, 256 unlabelled calibration images",
         "",
@@ -302,6 +370,8 @@ def main() -> None:
         *tasks(others),
         "",
         *low_bits(read("low-bits-*.json")),
+        "",
+        *chosen_widths(read("widths-*.json")),
         "",
         *dfq(read("dfq-*.json")),
         "",
