@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
     from halfbyte.transforms.split_tensor import split_tensor
+    from halfbyte.tune import tune
+    from halfbyte.tune_statistics import tune_statistics
     from halfbyte.walk import walk
 
 __version__ = "0.1.0"
@@ -112,6 +114,8 @@ _WHERE = {
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
     "dual": "dual",
+    "tune": "tune",
+    "tune_statistics": "tune_statistics",
 }
 
 __all__ = [
@@ -177,6 +181,8 @@ __all__ = [
     "several",
     "simulate",
     "split_tensor",
+    "tune",
+    "tune_statistics",
     "walk",
 ]
 

@@ -52,15 +52,3 @@ def relative_error(found: Outputs, wanted: Outputs, signals: Outputs, *, centred
         difference = difference - difference.mean(1, keepdim=True) if centred else difference
         terms.append(difference.square().mean() / signal.clamp(min=_SMALLEST))
     return torch.stack(terms).mean()
-
-
-@torch.no_grad()
-def output_error(m: QModel, data: Iterable[Inputs]) -> float:
-    """What decides between two models: the divergence of a classifier's outputs, and the noise-to-signal ratio of any others."""
-    if not classifies(m):
-        return noise_to_signal(m, data, m.as_float())
-    reference, tap, total, count = m.as_float(), simulate(m), 0.0, 0
-    for batch in data:
-        total += float(divergence(run(m, batch, tap), run(reference, batch))) * len(batch[0])
-        count += len(batch[0])
-    return total / max(1, count)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
-from halfbyte.graph import macs, output_values
+from halfbyte.graph import is_real, macs, output_values
 from halfbyte.losses import Loss, classifies, divergence, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
@@ -109,11 +109,12 @@ class _Judge:
         device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
         self.samples = tuple(x.to(device) for x in samples)
         self.outputs = output_values(part.m.graph)
+        self.at = [i for i, n in enumerate(self.outputs) if is_real(n)]  # decisions, such as an index, have no gradient
         with torch.no_grad():
             reference = part.m.as_float()
             at = range(0, len(samples[0]), _PORTION)
             made = [run(reference, tuple(x[i : i + _PORTION] for x in self.samples)) for i in at]
-        self.wanted: Outputs = tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+        self.wanted: Outputs = tuple(torch.cat([y[i] for y in made]) for i in self.at)
         self.signals = tuple(self._signal(y) for y in self.wanted)
 
     def _signal(self, y: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class _Judge:
     def __call__(self, at: Tensor) -> Tensor:
         """The loss over some of the samples."""
         env = self.part.run(self.env(at))
-        found = tuple(env[n] for n in self.outputs)
+        found = tuple(env[self.outputs[i]] for i in self.at)
         wanted = tuple(y[at.to(y.device)] for y in self.wanted)
         if self.divergent:
             return divergence(found, wanted)

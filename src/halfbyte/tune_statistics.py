@@ -18,7 +18,7 @@ from halfbyte.calibrate import Progress, bias_floor, silent
 from halfbyte.correct import check_bias_bits
 from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, groups, input_axis, layers, weight_of
-from halfbyte.losses import output_error
+from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import CONV_TRANSPOSE
 from halfbyte.reconstruct import split, why_not
@@ -55,9 +55,9 @@ def tune_statistics(
         return _tuned(now, layer, x, y, len(fit))
 
     tuned = walk(m, [*fit, *held], visit, budget=budget)
-    before, after = (output_error(v, held) for v in (m, tuned))
+    before, after = (noise_to_signal(v, held, m.as_float()) for v in (m, tuned))
     figures = {"method": "tune_statistics", "before": before, "after": after, "kept": after < before}
-    text = f"error of the outputs on held-out samples {before:.4g} before, {after:.4g} after"
+    text = f"noise-to-signal at the outputs on held-out samples {before:.4g} before, {after:.4g} after"
     if after < before:
         return tuned.logged(LogEntry("tune_statistics", None, f"kept: {text}", figures))
     return m.logged(LogEntry("tune_statistics", None, f"undone: {text}", figures))
@@ -109,7 +109,7 @@ def _tuned(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, count: int) -> Q
     factor = torch.where(better, factor, torch.ones_like(factor))
     tuned, grids = dict(m.tuned), dict(m.grids)
     if bias is not None and b is not None:
-        new_bias = torch.where(better, factor * (b - mean) + target, b)
+        new_bias = torch.where(better, factor * b + (target - factor * mean), b)
         floor = bias_floor(replace(m, tuned={**tuned, str(bias.target): new_bias}), layer, grid)
         room = torch.ones_like(better) if floor is None else floor <= grid.scale * factor
         factor = torch.where(room, factor, torch.ones_like(factor))
