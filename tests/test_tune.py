@@ -233,7 +233,7 @@ def test_wrong_use_of_statistics_is_one_sentence(start: hb.QModel) -> None:
 
 
 def test_bias_tuning_touches_only_biases(start: hb.QModel) -> None:
-    out = hb.tune(start, samples(), iterations=30, scale_rate=0.02)
+    out = hb.tune(start, samples(), loss="divergence", iterations=30, scale_rate=0.02)
     figures = out.log[-1].figures
     assert figures["after"] < figures["before"]
     assert out.grids == start.grids
@@ -267,7 +267,7 @@ def test_tuning_keeps_the_laws(start: hb.QModel, learn: tuple[Any, ...], loss: A
 def test_everything_together_finds_more_than_biases(start: hb.QModel) -> None:
     fresh = samples(64, 5)
     found = [
-        noise(hb.tune(start, samples(256), learn=learn, iterations=80, loss="error", rate=0.02, scale_rate=0.05), fresh)
+        noise(hb.tune(start, samples(256), learn=learn, iterations=80, rate=0.02, scale_rate=0.05), fresh)
         for learn in (("biases",), EVERYTHING)
     ]
     assert noise(start, fresh) > found[0] > found[1]

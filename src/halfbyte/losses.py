@@ -11,7 +11,7 @@ from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.ops import is_tensor
 from halfbyte.run import run, simulate
 
-Loss = Literal["auto", "divergence", "error"]
+Loss = Literal["error", "divergence"]
 _SMALLEST = 1e-30
 
 

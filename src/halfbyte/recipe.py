@@ -223,7 +223,7 @@ def _tune_statistics(m: QModel, c: Context) -> QModel:
     return tune_statistics(m, c.few(), budget=c.memory, progress=c.progress)
 
 
-def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "auto", iterations: int = 0) -> QModel:
+def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "error", iterations: int = 0) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("tune", None, "left out: there are no data"))
     steps = {"iterations": iterations} if iterations else {}  # else as many as tune takes by itself

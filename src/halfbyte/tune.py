@@ -32,7 +32,7 @@ def tune(
     data: Iterable[Inputs],
     *,
     learn: Sequence[Learned] = ("biases",),
-    loss: Loss = "auto",
+    loss: Loss = "error",
     iterations: int = 200,
     batch: int = 16,
     rate: float = 0.005,
@@ -46,14 +46,15 @@ def tune(
 
     data: unlabelled batches, of which the last eighth of each is held out: the model stays as it was unless it does better there.
     learn: what moves: biases, scales (of weights, each on its own, and of running values of fewer than eight bits), codes of
-    weights of fewer than eight bits. loss: ``divergence`` is KL(softmax(float) || softmax(quantized)) of a single output
-    [samples, classes]; ``error`` the squared difference over the variance in float, averaged over outputs, less the mean over
-    classes; ``auto`` the divergence where there is such an output. iterations: steps of Adam with ``batch`` samples; gradients of
-    so many are held at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in standard
-    deviations of what their layer puts out, as a share of the relative error of the outputs: what is nearly right moves in
-    small steps. time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends the tuning with the
-    best model so far in the folder, which the next run takes. Raises :class:`UsageError` for a model without grids, an empty or
-    unknown ``learn``, and a divergence of outputs that are no classes.
+    weights of fewer than eight bits. loss: ``error`` is the squared difference of the outputs over their variance in float,
+    averaged over outputs, of class scores less their mean over the classes; ``divergence``, as published, KL(softmax(float) ||
+    softmax(quantized)) of a single output [samples, classes]: it sees only samples that the network is in doubt about, which
+    are few among those that it was trained on. iterations: steps of Adam with ``batch`` samples; gradients of so many are held
+    at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in standard deviations of
+    what their layer puts out, as a share of the relative error of the outputs: what is nearly right moves in small steps.
+    time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends the tuning with the best model so
+    far in the folder, which the next run takes. Raises :class:`UsageError` for a model without grids, an empty or unknown
+    ``learn``, and a divergence of outputs that are no classes.
     """
     _check(m, learn, loss, iterations, batch)
     fit, held = split(data)
@@ -64,7 +65,7 @@ def tune(
     if known is not None:
         return known
     part = Part(m, [n for n in m.graph.nodes if n.op != "output"], learn, seed=seed)
-    judge = _Judge(part, samples, divergent=loss == "divergence" or (loss == "auto" and classifies(m)))
+    judge = _Judge(part, samples, divergent=loss == "divergence")
     if "biases" in learn:
         part.free_biases(judge.env(torch.arange(min(count, 4 * _PORTION))))
 
