@@ -16,9 +16,9 @@ LAYERS: dict[int, str] = {
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
     3: "targets place",
-    4: "stats grids walk correct calibrate",
-    5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
-    "dual parts transforms.split_tensor",
+    4: "stats grids walk correct calibrate losses",
+    5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct tune_statistics refinement "
+    "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate benchmark latency mixed report recipe quantize "
     "tradeoff inspection summary job",

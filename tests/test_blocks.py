@@ -92,7 +92,7 @@ def test_refining_keeps_the_laws(start: hb.QModel, options: hb.Blocks) -> None:
 
 
 def test_gradients_find_what_layers_alone_did_not(start: hb.QModel) -> None:
-    refined = hb.refine(start, samples(192), hb.Blocks(epochs=12, rate=0.01, layers=2))
+    refined = hb.refine(start, samples(192), hb.Blocks(iterations=120, rate=0.01, layers=2))
     figures = [e.figures for e in refined.log if e.stage == "blocks"]
     assert any(f["kept"] for f in figures)
     assert sum(f["after"] for f in figures) < sum(f["before"] for f in figures)

@@ -12,9 +12,9 @@ from halfbyte import engine, recipe
 from halfbyte.affine import fake_quantize
 from halfbyte.graph import by_value, layers, macs, weight_of
 from halfbyte.integer import run_integer
+from halfbyte.losses import noise_to_signal as error
 from halfbyte.lower import lower
 from halfbyte.model import value_name
-from halfbyte.recipe import error
 from halfbyte.targets import find
 
 

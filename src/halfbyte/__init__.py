@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
     from halfbyte.transforms.split_tensor import split_tensor
+    from halfbyte.tune import tune
+    from halfbyte.tune_statistics import tune_statistics
     from halfbyte.walk import walk
 
 __version__ = "0.1.0"
@@ -117,6 +119,8 @@ _WHERE = {
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
     "dual": "dual",
+    "tune": "tune",
+    "tune_statistics": "tune_statistics",
 }
 
 __all__ = [
@@ -185,6 +189,8 @@ __all__ = [
     "simulate",
     "split_tensor",
     "tradeoff",
+    "tune",
+    "tune_statistics",
     "walk",
 ]
 

@@ -336,9 +336,7 @@ def room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], l
         grid, at = changed.get(value_name(weight)), m.ties.get(value_name(x), value_name(x))
         if grid is None or at not in grids or grid.group is not None:
             continue
-        b = parameters[str(bias.target)].abs().float()
-        floor = b / (BIAS_LIMIT * grids[at].scale)
-        floor = floor.max() if grid.axis is None else floor
+        floor = least_scale(parameters[str(bias.target)], grids[at], grid.axis)
         raised = torch.maximum(grid.scale, floor)
         count = int((raised > grid.scale).sum())
         if count:
@@ -349,6 +347,21 @@ def room_for_bias(m: QModel, grids: dict[str, Grid]) -> tuple[dict[str, Grid], l
                 )
             )
     return changed, log
+
+
+def least_scale(bias: Tensor, read: Grid, axis: int | None) -> Tensor:
+    """The least weight scales, [channels] or one for all, with which a layer that reads this grid can hold its bias in int32."""
+    floor = bias.abs().float() / (BIAS_LIMIT * read.scale)
+    return floor.max() if axis is None else floor
+
+
+def bias_floor(m: QModel, layer: fx.Node, grid: Grid) -> Tensor | None:
+    """The least scales for a layer's weight on ``grid`` as the model has its bias; None where nothing limits them."""
+    bias, x = bias_of(layer), layer.args[0]
+    read = m.grid(value_name(x)) if isinstance(x, fx.Node) else None
+    if bias is None or read is None or grid.group is not None:
+        return None
+    return least_scale(m.parameters[str(bias.target)], read, grid.axis)
 
 
 def _dead_channels(m: QModel) -> list[LogEntry]:

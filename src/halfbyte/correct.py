@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, blocks, input_axis, layers, per_input, weight_of
-from halfbyte.model import Inputs, LogEntry, QModel, value_name
+from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
 from halfbyte.walk import Frontier, walk
 
@@ -67,11 +67,16 @@ def correct_bias(
     """
     if not m.grids or m.target is None:
         raise UsageError("there is no rounding error to correct yet: call place and calibrate before correct_bias")
-    if m.target.bias_bits < _BIAS_BITS:
-        raise UsageError(
-            f"target {m.target.name} stores biases in {m.target.bias_bits} bits: a correction needs at least {_BIAS_BITS}"
-        )
+    check_bias_bits(m.target)
     return correct_expected(m, expected_inputs(m, propagate(m, ranges))) if data is None else _empirical(m, data)
+
+
+def check_bias_bits(target: Target) -> None:
+    """Raise :class:`UsageError` for a target whose biases could not hold a correction."""
+    if target.bias_bits < _BIAS_BITS:
+        raise UsageError(
+            f"target {target.name} stores biases in {target.bias_bits} bits: a correction needs at least {_BIAS_BITS}"
+        )
 
 
 def expected_inputs(m: QModel, spreads: Mapping[str, Spread]) -> InputMoments:

@@ -21,17 +21,20 @@ from halfbyte.errors import UsageError
 from halfbyte.formats import Bits
 from halfbyte.grids import RULES, GridRule
 from halfbyte.local import LayerSolver
+from halfbyte.losses import Loss, noise_to_signal
 from halfbyte.methods.adaquant import AdaQuant
 from halfbyte.methods.adaround import AdaRound
 from halfbyte.mixed import Choosing, Tradeoff, Widths, chosen, prepared, swept
 from halfbyte.model import Inputs, LogEntry, QModel, Target
 from halfbyte.place import Overrides, place
 from halfbyte.reconstruct import reconstruct
-from halfbyte.run import run, simulate
+from halfbyte.refinement import LEARNED, Learned
 from halfbyte.transforms.absorb_bias import absorb_bias
 from halfbyte.transforms.equalize import equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 from halfbyte.transforms.split_tensor import split_tensor
+from halfbyte.tune import tune
+from halfbyte.tune_statistics import tune_statistics
 
 Range = Literal["mse", "min-max", "percentile"]
 From = Literal["auto", "data", "moments"]
@@ -263,7 +266,7 @@ def _reconstruct(
         if inputs == "float":
             raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
         start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
-        options = Blocks(iterations=iterations)
+        options = Blocks() if not iterations else Blocks(iterations=iterations)
         return refine(start, c.source, options, seed=c.seed, time_limit=c.time_limit, kept=c.kept, progress=c.progress)
     solver = METHODS[method]()
     if iterations:
@@ -278,6 +281,22 @@ def _reconstruct(
     )  # fmt: skip
 
 
+def _tune_statistics(m: QModel, c: Context) -> QModel:
+    if c.source is None:
+        return m.logged(LogEntry("tune_statistics", None, "left out: there are no data"))
+    return tune_statistics(m, c.few(), budget=c.memory, progress=c.progress)
+
+
+def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "error", iterations: int = 0) -> QModel:
+    if c.source is None:
+        return m.logged(LogEntry("tune", None, "left out: there are no data"))
+    steps = {"iterations": iterations} if iterations else {}  # else as many as tune takes by itself
+    return tune(
+        m, c.source, learn=LEARNED[: LEARNED.index(learn) + 1], loss=loss, seed=c.seed,
+        time_limit=c.time_limit, kept=c.kept, progress=c.progress, **steps,
+    )  # fmt: skip
+
+
 Step = Callable[..., QModel]
 STEPS: dict[str, Step] = {
     "fold_batchnorm": lambda m, c: fold_batchnorm(m),
@@ -289,6 +308,8 @@ STEPS: dict[str, Step] = {
     "split_tensor": _split,
     "correct_bias": _correct,
     "reconstruct": _reconstruct,
+    "tune_statistics": _tune_statistics,
+    "tune": _tune,
 }
 _PYTHON = {"from": "source"}  # a word that TOML has and Python keeps for itself
 
@@ -418,7 +439,7 @@ def _choosing(recipe: Recipe) -> tuple[Mapping[str, Any], ...]:
 
 def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:
     held_out = c.held_out()
-    figures = [error(v if placed else _finished(v, c), held_out, before.as_float()) for v in (before, after)]
+    figures = [noise_to_signal(v if placed else _finished(v, c), held_out, before.as_float()) for v in (before, after)]
     shown = f"{figures[0]:.4g} before, {figures[1]:.4g} after"
     if figures[1] <= figures[0]:
         return after.logged(LogEntry(name, None, f"kept: noise-to-signal at the outputs on held-out samples {shown}"))
@@ -428,16 +449,3 @@ def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool)
 def _finished(m: QModel, c: Context) -> QModel:
     """A quick quantization, to judge float transforms by."""
     return calibrate(_place(m, c), c.few(), overrides={})
-
-
-@torch.no_grad()
-def error(m: QModel, data: list[Inputs], reference: QModel) -> float:
-    """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs."""
-    noise: dict[int, float] = {}
-    signal: dict[int, float] = {}
-    tap = simulate(m)
-    for batch in data:
-        for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
-            noise[i] = noise.get(i, 0.0) + float((a - b).double().square().sum())
-            signal[i] = signal.get(i, 0.0) + float((a - a.mean()).double().square().sum())
-    return sum(noise[i] / max(signal[i], 1e-30) for i in noise) / max(1, len(noise))

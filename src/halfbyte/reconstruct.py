@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize, quantize
-from halfbyte.calibrate import BIAS_LIMIT, Progress, regridded, saturates, silent
+from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent
 from halfbyte.errors import DataError, StoreError, UsageError
 from halfbyte.graph import bias_of, layers, macs, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
@@ -63,7 +63,7 @@ def reconstruct(
     fit, held = split(data)
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
     clock = _Clock(solver, time_limit, [n for n in order if not why_not(m, n)])
-    store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else _fingerprint(m, [*fit, *held]))
+    store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else fingerprint(m, [*fit, *held]))
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
         reason = why_not(now, layer)
@@ -105,10 +105,10 @@ def reconstruct(
     return replace(done, grids={**m.grids, **done.grids}).logged(*clock.log)
 
 
-def _fingerprint(m: QModel, data: Iterable[Inputs]) -> int:
+def fingerprint(m: QModel, data: Iterable[Inputs]) -> int:
     """A number that tells parameters and samples apart."""
     found = 0
-    for t in (*m.params.values(), *(t for batch in data for t in batch)):
+    for t in (*m.parameters.values(), *(t for batch in data for t in batch)):
         found = zlib.crc32(t.detach().cpu().contiguous().numpy().tobytes(), found)
     return found
 
@@ -121,18 +121,18 @@ def _parameters(m: QModel) -> set[str]:
     return {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
 
 
-def split(data: Iterable[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """Samples to fit and samples to decide by: of every batch its last eighth; of small batches, the last of them."""
+def split(data: Iterable[Inputs], share: int = _HELD_OUT) -> tuple[list[Inputs], list[Inputs]]:
+    """Samples to fit and samples to decide by: of every batch the last, one of ``share``; of small batches, the last of them."""
     fit, held = [], []
     for batch in data:
-        cut = len(batch[0]) - len(batch[0]) // _HELD_OUT
+        cut = len(batch[0]) - len(batch[0]) // share
         fit.append(tuple(t[:cut] for t in batch))
         if cut < len(batch[0]):
             held.append(tuple(t[cut:] for t in batch))
     if not fit:
         raise DataError("there are no data to work with")
     if not held:
-        few = max(1, len(fit) // _HELD_OUT)
+        few = max(1, len(fit) // share)
         fit, held = (fit[:-few], fit[-few:]) if len(fit) > few else (fit, fit)
     return fit, [tuple(torch.cat(parts) for parts in zip(*held, strict=True))]
 
@@ -158,10 +158,7 @@ def problem(m: QModel, layer: fx.Node, x: Frontier, y: Frontier, held_out: Patch
     form, grid, read = m.plan[value_name(weight)], m.grid(value_name(weight)), m.grid(value_name(source))
     assert form is not None and grid is not None
     b = None if bias is None else m.parameters[str(bias.target)]
-    floor = None
-    if b is not None and read is not None:
-        floor = b.abs().float() / (BIAS_LIMIT * read.scale)
-        floor = floor.max() if form.axis is None else floor
+    floor = None if b is None or read is None else least_scale(b, read, form.axis)
     return Problem(
         layer=layer,
         weight=m.params[str(weight.target)],

@@ -1,0 +1,54 @@
+"""How far a quantized network's outputs are from the float network's, without labels."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.graph import output_values
+from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.ops import is_tensor
+from halfbyte.run import run, simulate
+
+Loss = Literal["error", "divergence"]
+_SMALLEST = 1e-30
+
+
+@torch.no_grad()
+def noise_to_signal(m: QModel, data: Iterable[Inputs], reference: QModel) -> float:
+    """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs."""
+    noise: dict[int, float] = {}
+    signal: dict[int, float] = {}
+    tap = simulate(m)
+    for batch in data:
+        for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
+            noise[i] = noise.get(i, 0.0) + float((a - b).double().square().sum())
+            signal[i] = signal.get(i, 0.0) + float((a - a.mean()).double().square().sum())
+    return sum(noise[i] / max(signal[i], _SMALLEST) for i in noise) / max(1, len(noise))
+
+
+def classifies(m: QModel) -> bool:
+    """Whether the network's only output is a score for each of several classes, [samples, classes]."""
+    outputs = output_values(m.graph)
+    shape: tuple[object, ...] = outputs[0].meta["shape"] if len(outputs) == 1 and is_tensor(outputs[0]) else ()
+    return len(shape) == 2 and isinstance(shape[1], int) and shape[1] > 1
+
+
+def divergence(found: Outputs, wanted: Outputs) -> Tensor:
+    """KL(softmax(wanted) || softmax(found)), nats, mean over the samples of the only output [samples, classes]."""
+    expected = torch.log_softmax(wanted[0], 1)
+    return (expected.exp() * (expected - torch.log_softmax(found[0], 1))).sum(1).mean()
+
+
+def relative_error(found: Outputs, wanted: Outputs, signals: Outputs, *, centred: bool = False) -> Tensor:
+    """Mean squared difference of each output over ``signals``, its variance in float; mean over the outputs.
+
+    centred: less the mean over the classes, to which softmax is blind.
+    """
+    terms = []
+    for y, t, signal in zip(found, wanted, signals, strict=True):
+        difference = y - t
+        difference = difference - difference.mean(1, keepdim=True) if centred else difference
+        terms.append(difference.square().mean() / signal.clamp(min=_SMALLEST))
+    return torch.stack(terms).mean()

@@ -1,0 +1,164 @@
+"""The whole network tuned end to end: the quantized network learns to put out what the float network does, without labels.
+
+With biases alone this is the bias tuning of CalibTIP (arXiv 2006.10518), with scales the refinement of all scaling factors of OMSE
+(arXiv 1902.06822), with codes everything moves. Gradients go straight through the rounding.
+"""
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.calibrate import Progress, silent
+from halfbyte.errors import UsageError
+from halfbyte.graph import is_real, macs, output_values
+from halfbyte.losses import Loss, classifies, divergence, relative_error
+from halfbyte.model import Inputs, LogEntry, Outputs, QModel
+from halfbyte.reconstruct import Kept, fingerprint, split
+from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend
+from halfbyte.run import run
+from halfbyte.store import load, save
+
+_PORTION = 16  # samples that run at a time where nothing is learned
+_WARMUP = 0.1  # share of the steps over which the rates rise: the first steps of Adam know only the sign of a gradient
+_CHECKS = 8
+
+
+def tune(
+    m: QModel,
+    data: Iterable[Inputs],
+    *,
+    learn: Sequence[Learned] = ("biases",),
+    loss: Loss = "error",
+    iterations: int = 200,
+    batch: int = 16,
+    rate: float = 0.005,
+    scale_rate: float = 0.005,
+    seed: int = 0,
+    time_limit: float | None = None,
+    kept: Path | None = None,
+    progress: Progress = silent,
+) -> QModel:
+    """Let the outputs of the quantized network follow those of the float network on the data. Use last.
+
+    data: unlabelled batches, of which the last eighth of each is held out: the model stays as it was unless it does better there.
+    learn: what moves: biases, scales (of weights, each on its own, and of running values of fewer than eight bits), codes of
+    weights of fewer than eight bits. loss: ``error`` is the squared difference of the outputs over their variance in float,
+    averaged over outputs, of class scores less their mean over the classes; ``divergence``, as published, KL(softmax(float) ||
+    softmax(quantized)) of a single output [samples, classes]: it sees only samples that the network is in doubt about, which
+    are few among those that it was trained on. iterations: steps of Adam with ``batch`` samples; gradients of so many are held
+    at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in standard deviations of
+    what their layer puts out, as a share of the relative error of the outputs: what is nearly right moves in small steps.
+    time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends the tuning with the best model so
+    far in the folder, which the next run takes. Raises :class:`UsageError` for a model without grids, an empty or unknown
+    ``learn``, and a divergence of outputs that are no classes.
+    """
+    _check(m, learn, loss, iterations, batch)
+    fit, held = split(data)
+    samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
+    count = sum(len(b[0]) for b in fit)
+    store = Kept(kept, "tune", tuple(learn), loss, iterations, batch, rate, scale_rate, seed, fingerprint(m, [samples]))
+    known = _resumed(kept, store.identity)
+    if known is not None:
+        return known
+    part = Part(m, [n for n in m.graph.nodes if n.op != "output"], learn, seed=seed)
+    judge = _Judge(part, samples, divergent=loss == "divergence")
+    if "biases" in learn:
+        part.free_biases(judge.env(torch.arange(min(count, 4 * _PORTION))))
+
+    def rates(before: float) -> Rates:
+        step = scale_rate * math.sqrt(min(max(before, 0.0), 1.0))
+        return Rates(rate, step, step)
+
+    def tick(step: int, steps: int) -> bool:
+        progress("tune", step, steps)
+        return not store.stopped
+
+    clock = Clock(time_limit, [sum(macs(n) for n in part.nodes)])
+    with store.interruptible():
+        found = descend(
+            part, judge, (count, len(samples[0])), rates, clock,
+            steps=iterations, batch=batch, warmup=_WARMUP, checks=_CHECKS, tick=tick,
+        )  # fmt: skip
+        better = part.written(found.state) if found.after < found.before else m
+        m = better.logged(_entry(learn, judge, found, iterations))
+        _keep(m, kept, store.identity)
+    return m
+
+
+def _check(m: QModel, learn: Sequence[Learned], loss: Loss, iterations: int, batch: int) -> None:
+    if not m.grids or m.target is None:
+        raise UsageError("there is nothing to tune yet: call place and calibrate before tune")
+    unknown = [what for what in learn if what not in LEARNED]
+    if unknown or not learn or isinstance(learn, str):
+        raise UsageError(f"learn = {learn!r} must be a tuple of some of {', '.join(map(repr, LEARNED))}")
+    if iterations < 1 or batch < 1:
+        raise UsageError(f"iterations ({iterations}) and batch ({batch}) must be positive")
+    if loss == "divergence" and not classifies(m):
+        raise UsageError("loss 'divergence' needs a single output of class scores [N, classes]: take 'error'")
+
+
+class _Judge:
+    """The loss of the network as it is on some of the samples; the float network's outputs are computed once."""
+
+    def __init__(self, part: Part, samples: Inputs, *, divergent: bool) -> None:
+        self.part, self.divergent, self.centred = part, divergent, classifies(part.m)
+        self.name = "divergence" if divergent else "relative error"
+        device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
+        self.samples = tuple(x.to(device) for x in samples)
+        self.outputs = output_values(part.m.graph)
+        self.at = [i for i, n in enumerate(self.outputs) if is_real(n)]  # decisions, such as an index, have no gradient
+        with torch.no_grad():
+            reference = part.m.as_float()
+            at = range(0, len(samples[0]), _PORTION)
+            made = [run(reference, tuple(x[i : i + _PORTION] for x in self.samples)) for i in at]
+        self.wanted: Outputs = tuple(torch.cat([y[i] for y in made]) for i in self.at)
+        self.signals = tuple(self._signal(y) for y in self.wanted)
+
+    def _signal(self, y: Tensor) -> Tensor:
+        return (y - (y.mean(1, keepdim=True) if self.centred else y.mean())).square().mean()
+
+    def env(self, at: Tensor) -> Env:
+        """What the network is given of some of the samples."""
+        m = self.part.m
+        return {n: x[at.to(x.device)] for n, x in zip(m.inputs, self.samples, strict=True)}
+
+    def __call__(self, at: Tensor) -> Tensor:
+        """The loss over some of the samples."""
+        env = self.part.run(self.env(at))
+        found = tuple(env[self.outputs[i]] for i in self.at)
+        wanted = tuple(y[at.to(y.device)] for y in self.wanted)
+        if self.divergent:
+            return divergence(found, wanted)
+        return relative_error(found, wanted, self.signals, centred=self.centred)
+
+
+def _entry(learn: Sequence[Learned], judge: _Judge, found: Refined, planned: int) -> LogEntry:
+    stopped = "" if found.steps == planned else f" of {planned}"
+    kept = "" if found.after < found.before else "; left as it was"
+    text = f"{', '.join(learn)} of {len(judge.part.layers)} layers, {found.steps}{stopped} steps: {judge.name} of the outputs on "
+    text += f"held-out samples {found.before:.4g} before, {found.after:.4g} after{kept}"
+    return LogEntry("tune", None, text, {"method": "tune", "learn": list(learn), **found.figures})
+
+
+def _resumed(kept: Path | None, identity: str) -> QModel | None:
+    """What an earlier run with the same options, model and data has kept."""
+    about = None if kept is None else kept / _about(identity) / "identity.json"
+    if about is None or not about.is_file() or about.read_text(encoding="utf-8") != identity:
+        return None
+    return load(about.parent)
+
+
+def _keep(m: QModel, kept: Path | None, identity: str) -> None:
+    if kept is not None:
+        folder = kept / _about(identity)
+        save(m, folder)
+        (folder / "identity.json").write_text(identity, encoding="utf-8")
+
+
+def _about(identity: str) -> str:
+    """A folder of its own for each tuning of a recipe."""
+    return f"tune-{zlib.crc32(identity.encode()):08x}"
