@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
+    from halfbyte.diagnose import diagnose
+    from halfbyte.diagnosis import Diagnosis
     from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
@@ -112,6 +114,8 @@ _WHERE = {
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
     "dual": "dual",
+    "diagnose": "diagnose",
+    "Diagnosis": "diagnosis",
 }
 
 __all__ = [
@@ -124,6 +128,7 @@ __all__ = [
     "Budget",
     "CostTable",
     "Descent",
+    "Diagnosis",
     "Dual",
     "EngineLatency",
     "Format",
@@ -152,6 +157,7 @@ __all__ = [
     "correct_bias",
     "costs",
     "dequantize",
+    "diagnose",
     "dual",
     "equalize",
     "export_onnx",

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from halfbyte import __version__
+from halfbyte.cli_diagnose import diagnose
 from halfbyte.console import (
     Progress,
     context_settings,
@@ -411,6 +412,8 @@ def completion(shell: str) -> None:
         raise UsageError(f"there is no completion for {shell}")
     click.echo(completer(main, {}, "halfbyte", "_HALFBYTE_COMPLETE").source())
 
+
+main.add_command(diagnose)
 
 if __name__ == "__main__":
     main()
