@@ -1,5 +1,6 @@
 """Faults to plant into a trained network: each makes (model, samples to judge by, file or None) that suffers from just one."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,23 +89,27 @@ def dominating_channel(s: Subject) -> Planted:
 def outliers(s: Subject) -> Planted:
     """Rare values, in any channel, far beyond all others."""
 
-    class Spiky(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
     net = spiked(s)
     m = hb.capture(net, s.samples[:2])
     return hb.quantize(m, s.samples, target=ONNXRUNTIME_AVX2, activations=hb.MinMax()), None, None
 
 
-def spiked(s: Subject) -> nn.Module:
-    """The network with a middle activation whose upper end is stretched a hundredfold."""
-    import copy
+class Spike(nn.Module):
+    """What a module puts out, with rare values stretched far beyond all others; the layer behind cuts them off again."""
 
+    def __init__(self, inner: nn.Module, knee: Tensor) -> None:
+        super().__init__()
+        self.inner, self.knee = inner, nn.Buffer(knee.view(1, -1, 1, 1))
+        self.behind = nn.Conv2d(len(knee), len(knee), 1, bias=False)
+        self.behind.weight.data = torch.eye(len(knee))[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return torch.minimum(self.behind(y + 2000 * torch.relu(y - self.knee)), self.knee)
+
+
+def spiked(s: Subject) -> nn.Module:
+    """The network with such values in the middle."""
     net = copy.deepcopy(s.net)
     name = "n2" if hasattr(net, "n2") else "stem"
     inner = net.get_submodule(name)
@@ -113,18 +118,8 @@ def spiked(s: Subject) -> nn.Module:
     with torch.no_grad():
         net(s.samples)
     handle.remove()
-    knee = float(seen[0].flatten()[:200000].quantile(0.9997))
-
-    class Spike(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.inner(x)
-            return y + 150 * torch.relu(y - knee)
-
-    setattr(net, name, Spike())
+    flat = seen[0].movedim(1, 0).flatten(1)
+    setattr(net, name, Spike(inner, flat.quantile(0.9995, dim=1)).eval())
     return net
 
 
@@ -169,7 +164,11 @@ def truncated(s: Subject) -> Planted:
 def saturated(s: Subject) -> Planted:
     """Nearly dead channels: a tiny weight scale, an ordinary bias, and no room made for it."""
     m = s.quantized(recipe="default")
-    name = next(n for n, g in m.grids.items() if n in m.params and g.axis == 0 and m.params[n].ndim == 4 and m.params[n].shape[1] > 1)
+    name = next(
+        n
+        for n, g in m.grids.items()
+        if n in m.params and g.axis == 0 and m.params[n].ndim == 4 and m.params[n].shape[1] > 1
+    )
     params, tuned = dict(m.params), dict(m.tuned)
     params[name] = params[name].clone()
     params[name][:2] *= 1e-9

@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 from halfbyte import engine
 from halfbyte.affine import Grid, quantize
+from halfbyte.correct import ChannelMoments, correct_expected
 from halfbyte.diagnosis import Cause, Repair
-from halfbyte.graph import bias_of, by_value, is_depthwise, layers, macs, weight_of
+from halfbyte.graph import bias_of, by_value, input_axis, is_depthwise, layers, macs, weight_of
 from halfbyte.grids import MSE, from_range
 from halfbyte.matching import SHIFT, Match
 from halfbyte.model import QModel, value_name
@@ -18,13 +19,14 @@ from halfbyte.ops import base_name
 from halfbyte.parity import Parity
 from halfbyte.probes import Bench, LayerError, Score, Seen
 
+_WORTH = 0.01  # 20 dB: below, there is nothing to look for
 FINE = 0.05  # noise-to-signal at the outputs (13 dB): on trained classifiers about a point of decisions flips from there on
 POINTS = 1.0  # of accuracy or of flipped decisions: the white paper's threshold for its second box
 _GAIN = 0.3  # of the output's noise: what explains less is not what to begin with
 _MISFIT = 4.0  # a grid with this many times the error of the best one costs a bit or more
 _DOMINATES = 8.0  # the widest channel over the median one: the median channel is left with three bits fewer
 _PEAK = 4.0  # the largest magnitude over the 99.9 % quantile: two bits for one value in a thousand
-_BIASED = 0.5  # of the error's power: more of it is the same for every sample than is not
+_BIASED = 0.2  # of the error's power is the same for every sample; where biases were corrected, hardly any is
 _INT32 = 2**31 - 1
 _PAIR = (2**15 - 1) / 255  # the largest sum of two neighbouring codes whose products with 255 fit 16 bits
 _KNEE = 16  # bits of the trial that shows how much a value's rounding costs
@@ -56,9 +58,15 @@ class Evidence:
 
     @property
     def fine(self) -> bool:
-        """Nothing is lost that is worth looking for."""
+        """Nothing is lost that anybody would notice."""
+        one = 100 / max(self.bench.samples, 1)  # a single decision may be chance
         lost = self.points
-        return self.whole.noise <= FINE and (lost is None or lost <= POINTS)
+        return self.whole.noise <= FINE and (lost is None or lost - one <= POINTS)
+
+    @property
+    def faultless(self) -> bool:
+        """Not even a fault that costs no decision yet would be worth naming."""
+        return self.fine and self.whole.noise <= _WORTH
 
     @property
     def points(self) -> float | None:
@@ -68,9 +76,17 @@ class Evidence:
         return None if self.whole.flips is None else 100 * self.whole.flips
 
     def gain(self, grids: Mapping[str, Grid] | None = None, tuned: Mapping[str, Tensor] | None = None) -> float:
-        """The share of the output's noise that goes when these grids or parameters take the place of the model's."""
+        """The share of the output's noise that goes when these grids or parameters take the place of the model's.
+
+        A layer whose weight gets another grid gets the bias that goes with it.
+        """
         now = replace(self.m, grids={**self.m.grids, **(grids or {})}, tuned={**self.m.tuned, **(tuned or {})})
-        after = self.bench.quantized(now).noise
+        inputs: dict[tuple[str, int], ChannelMoments] = {}
+        for layer in layers(self.m.graph):
+            weight, name = weight_of(layer), value_name(layer)
+            if weight is not None and value_name(weight) in (grids or {}) and name in self.errors:
+                inputs[value_name(layer.args[0]), input_axis(layer)] = self.errors[name].inputs  # type: ignore[arg-type]
+        after = self.bench.quantized(correct_expected(now, inputs) if inputs else now).noise
         return max(0.0, 1 - after / self.whole.noise) if self.whole.noise > 0 else 0.0
 
     def again(self, *options: str) -> str:
@@ -130,9 +146,11 @@ def preprocessing(e: Evidence) -> Iterable[Cause]:
         if found is None or not found.off:
             continue
         other = e.data if which == "calibration" else e.calibration
-        if other is not None and not other.off and not (found.repairable and found.exact):
+        if other is not None and not other.off and not (found.corrected or (found.repairable and found.exact)):
             continue  # one of two data sets is off by no usual slip: they are unlike each other
         hint = f"; {found.repair} would explain it" if found.repairable else ""
+        if found.repairable and found.right is not None and found.repaired_right is not None:
+            hint += f" ({found.right:.0%} right in float, {found.repaired_right:.0%} then)"
         yield Cause(
             "wrong or missing pre-processing",
             f"on the {which} data the first layers put out values {found.shift:.1f} standard deviations from what their batch "
@@ -154,7 +172,7 @@ def unlike(e: Evidence) -> Iterable[Cause]:
         for v, s in e.seen.items()
         if s.noise > _MISFIT * s.best and (off or _misfit(e.chosen_on.get(v, s)) <= _MISFIT)
     ]
-    if not values or e.fine:
+    if not values or e.faultless:
         return
     gain = e.gain({v: _regrid(e.m, v, e.seen[v].best_grid) for v in values})
     if gain >= _GAIN:
@@ -184,18 +202,18 @@ def _regrid(m: QModel, value: str, grid: Grid) -> Grid:
 def ranges(e: Evidence) -> Iterable[Cause]:
     """Running values and weights whose grid is far from the one of least error."""
     basis = e.chosen_on if e.separate and e.chosen_on else e.seen
-    misfits = {v: (_misfit(s), s.grid.scale > s.best_grid.scale, s.best_grid) for v, s in basis.items()}
-    fits = {v: _regrid(e.m, v, g) for v, (_, _, g) in misfits.items()}
+    misfits = {v: (_misfit(s), bool(s.grid.scale > s.best_grid.scale)) for v, s in basis.items()}
+    fits = {v: _regrid(e.m, v, s.best_grid) for v, s in basis.items()}
     for v, grid in _weight_fits(e.m).items():
         now, best = (_weight_error(e.m, v, g) for g in (e.m.grids[v], grid))
-        misfits[v] = now / max(best, 1e-30), bool((e.m.grids[v].scale / grid.scale).median() > 1), grid
+        misfits[v] = now / max(best, 1e-30), bool((e.m.grids[v].scale / grid.scale).median() > 1)
         fits[v] = grid
     for wide, name, what in (
         (True, "too wide ranges", "most codes are never used"),
         (False, "too narrow ranges", "what lies beyond is cut off"),
     ):
-        values = [v for v, (ratio, is_wide, _) in misfits.items() if ratio > _MISFIT and bool(is_wide) is wide]
-        if not values or e.fine:
+        values = [v for v, (ratio, is_wide) in misfits.items() if ratio > _MISFIT and is_wide is wide]
+        if not values or e.faultless:
             continue
         gain = e.gain({v: fits[v] for v in values})
         worst = max(values, key=lambda v: misfits[v][0])
@@ -331,7 +349,7 @@ def biased(e: Evidence) -> Iterable[Cause]:
         if bias is not None and error.biased > _BIASED:
             tuned[str(bias.target)] = e.m.parameters[str(bias.target)] - error.mean
             worst.append(name)
-    if not tuned or e.fine:
+    if not tuned or e.faultless:
         return
     gain = e.gain(tuned=tuned)
     if gain < _GAIN:
@@ -342,7 +360,7 @@ def biased(e: Evidence) -> Iterable[Cause]:
         "biased error of depthwise layers" if e.errors[worst[0]].depthwise else "biased error of layers",
         f"in {len(worst)} layers ({deep} depthwise), {worst[0]} most, {e.errors[worst[0]].biased:.0%} of the rounded weights' error is "
         f"the same for every sample; taken into the biases, {gain:.0%} of the noise goes away",
-        e.errors[worst[0]].biased, _BIASED, "more than half of the error's power is its mean", gain,
+        e.errors[worst[0]].biased, _BIASED, "where biases were corrected hardly any of the error's power is its mean", gain,
         e.again("--recipe dfq"), values=tuple(worst),
     )  # fmt: skip
 

@@ -118,6 +118,11 @@ def _joined(portions: list[Portion]) -> Inputs:
     return tuple(torch.cat(parts) for parts in zip(*(x for x, _ in portions), strict=True))
 
 
+def _labels(portions: list[Portion]) -> Tensor | None:
+    given = [y for _, y in portions if y is not None]
+    return torch.cat(given) if len(given) == len(portions) else None
+
+
 @dataclass
 class _Chart:
     """The steps so far. Every check runs guarded: what goes wrong in it becomes its verdict."""
@@ -168,7 +173,7 @@ class _Chart:
             if not portions:
                 continue
             name = f"inputs of the {which} data"
-            told = self.guarded(name, lambda portions=portions: match(self.m, _joined(portions)))  # type: ignore[misc]
+            told = self.guarded(name, lambda portions=portions: match(self.m, _joined(portions), _labels(portions)))  # type: ignore[misc]
             if told is None:
                 if not self.steps or self.steps[-1].name != name:
                     self.skip(name, "no batch norm remembers what the first layers put out in training")

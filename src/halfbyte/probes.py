@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize
+from halfbyte.correct import ChannelMoments, channel_moments
 from halfbyte.graph import bias_of, by_value, input_axis, is_depthwise, layers, output_values, weight_of
 from halfbyte.grids import MSE
 from halfbyte.model import Inputs, Outputs, QModel, value_name
@@ -250,13 +251,14 @@ class Seen:
 @dataclass(frozen=True)
 class LayerError:
     """The error that a layer's rounded weight alone causes at its output, over the output's variance; and the share of it that
-    is the same for all samples of a channel. mean: [channels], that error.
+    is the same for all samples of a channel. mean: [channels], that error. inputs: moments of what the layer reads.
     """
 
     noise: float
     biased: float
     depthwise: bool
     mean: Tensor
+    inputs: ChannelMoments
 
 
 def _channels(x: Tensor) -> Tensor:
@@ -282,6 +284,7 @@ def look(m: QModel, b: Bench) -> tuple[dict[str, Seen], dict[str, LayerError]]:
     wanted = {v for v in quantizers(m) if v not in constant and m.grids[v].scale.ndim == 0}
     held: dict[str, tuple[Histogram, Tensor, Tensor]] = {}
     sums: dict[str, list[Tensor]] = {}
+    read: dict[str, ChannelMoments] = {}
     rounded = _Case.of(m, weights=True, values=False).model.params
     every = {n for n in layers(m.graph) if m.grid(value_name(weight_of(n))) is not None}  # type: ignore[arg-type]
 
@@ -304,14 +307,16 @@ def look(m: QModel, b: Bench) -> tuple[dict[str, Seen], dict[str, LayerError]]:
             flat = y.movedim(input_axis(node), 0).flatten(1).double()
             new = [error.sum(1), error.square().sum(1), flat.sum(1), flat.square().sum(1)]
             new.append(torch.full_like(new[0], float(error.shape[1])))
-            before = sums.get(value_name(node))
-            sums[value_name(node)] = new if before is None else [p + q for p, q in zip(before, new, strict=True)]
+            name, moments = value_name(node), channel_moments(args[0], input_axis(node))
+            read[name] = read[name].merged(moments) if name in read else moments
+            before = sums.get(name)
+            sums[name] = new if before is None else [p + q for p, q in zip(before, new, strict=True)]
         return y
 
     for x, _ in b.portions:
         run(m.as_float(), x, tap, evaluate=evaluate)
     nodes = by_value(m.graph)
-    errors = {name: _layer_error(s, is_depthwise(nodes[name])) for name, s in sums.items()}
+    errors = {name: _layer_error(s, is_depthwise(nodes[name]), read[name]) for name, s in sums.items()}
     return {name: _seen(m, name, *found) for name, found in held.items()}, errors
 
 
@@ -325,10 +330,10 @@ def _seen(m: QModel, name: str, h: Histogram, low: Tensor, high: Tensor) -> Seen
     return Seen(h, low, high, grid, best, noise, histogram_noise(h, best)[0], clipped, peak)
 
 
-def _layer_error(s: list[Tensor], depthwise: bool) -> LayerError:
+def _layer_error(s: list[Tensor], depthwise: bool, inputs: ChannelMoments) -> LayerError:
     error, squares, total, total_squares, count = s
     mean = error / count
     power = float((squares / count).mean())
     variance = float((total_squares / count - (total / count).square()).mean())
     share = float(mean.square().mean()) / max(power, 1e-30)
-    return LayerError(power / max(variance, 1e-30), share, depthwise, mean.float())
+    return LayerError(power / max(variance, 1e-30), share, depthwise, mean.float(), inputs)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from halfbyte.calibrate import calibrate, regridded
@@ -35,7 +34,7 @@ def attempts(
         "bias correction": lambda: correct_bias(m, fit),
     }
     if any(f is not None and f.axis is None for n, f in m.plan.items() if n in _weights(m)):
-        found["weights per channel"] = lambda: _by_channel(m)
+        found["weights per channel"] = lambda: _by_channel(m, fit)
     found["equalization"] = lambda: _equalized(m, fit)
     running = next((v for v in worst if v in seen), None)
     if running is not None:
@@ -68,7 +67,7 @@ def _layers_of(m: QModel, nodes: Mapping[str, fx.Node], value: str) -> list[str]
     return [value_name(u) for u in nodes[value].users if u in set(layers(m.graph))]
 
 
-def _by_channel(m: QModel) -> QModel:
+def _by_channel(m: QModel, fit: list[Inputs]) -> QModel:
     plan, grids = dict(m.plan), dict(m.grids)
     for layer in layers(m.graph):
         weight = weight_of(layer)
@@ -76,7 +75,7 @@ def _by_channel(m: QModel) -> QModel:
         if weight is not None and form is not None and form.axis is None:
             plan[value_name(weight)] = replace(form, axis=0)
             grids[value_name(weight)] = MSE().weight(m.params[str(weight.target)], replace(form, axis=0), pairs=False)
-    return replace(m, plan=plan, grids=grids)
+    return correct_bias(replace(m, plan=plan, grids=grids), fit)
 
 
 def _equalized(m: QModel, fit: list[Inputs]) -> QModel:
@@ -91,15 +90,15 @@ def _equalized(m: QModel, fit: list[Inputs]) -> QModel:
     narrow = [
         min(f.bits for v, f in m.plan.items() if f is not None and (v in weights) is inside) for inside in (True, False)
     ]
-    wide = {"weight_bits": narrow[0], "activation_bits": narrow[1]}
     fresh = replace(m.as_float(), graph=graph)
-    equal = equalize(fresh, fit, per_channel=m.target.per_channel, **wide)
+    equal = equalize(fresh, fit, per_channel=m.target.per_channel, weight_bits=narrow[0], activation_bits=narrow[1])
     kept = {
         e.value: None
         for e in m.log
         if e.stage == "place" and e.message.endswith("kept in float on request") and e.value
     }
-    return calibrate(place(equal, m.target, uniform=False, overrides=kept, **wide), fit)
+    placed = place(equal, m.target, weight_bits=narrow[0], activation_bits=narrow[1], uniform=False, overrides=kept)
+    return calibrate(placed, fit)
 
 
 def _wide(m: QModel, value: str, s: Seen) -> QModel:
@@ -124,8 +123,3 @@ def _in_float(m: QModel, name: str) -> QModel:
         ties={k: r for k, r in m.ties.items() if k not in gone},
         tuned={k: t for k, t in m.tuned.items() if k not in own},
     )
-
-
-def halves(samples: Inputs) -> list[Inputs]:
-    """A set of samples as one batch."""
-    return [tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in samples)]
