@@ -21,7 +21,7 @@ LAYERS: dict[int, str] = {
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate benchmark latency report recipe quantize inspection summary diagnosis probes "
-    "matching repairs causes diagnose job",
+    "search matching repairs causes diagnose job",
     9: "console cli_diagnose cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
+    from halfbyte.search import search
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
     from halfbyte.store import load, save
     from halfbyte.transforms.absorb_bias import absorb_bias
@@ -116,6 +117,7 @@ _WHERE = {
     "dual": "dual",
     "diagnose": "diagnose",
     "Diagnosis": "diagnosis",
+    "search": "search",
 }
 
 __all__ = [
@@ -178,6 +180,7 @@ __all__ = [
     "run",
     "run_integer",
     "save",
+    "search",
     "select",
     "sensitivity",
     "several",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from halfbyte import __version__
-from halfbyte.cli_diagnose import diagnose
+from halfbyte.cli_diagnose import check_limit, check_search, diagnose
 from halfbyte.console import (
     Progress,
     context_settings,
@@ -52,7 +52,7 @@ class _Commands(click.Group):
 def main() -> None:
     """Turn a trained PyTorch network into one that runs on integers, with a file proven equal to the simulation.
 
-    Exit status: 0 done, 2 bad usage or input, 4 the exported file is not proven, 130 interrupted.
+    Exit status: 0 done, 2 bad usage or input, 3 a limit is missed, 4 the exported file is not proven, 130 interrupted.
     """
 
 
@@ -108,6 +108,8 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 @click.option(
     "--time-limit", metavar="TIME", help="For a learned rounding, such as 20m; it takes fewer iterations then."
 )
+@click.option("--max-drop", type=float, metavar="POINTS", help="Search the cheapest recipe that loses no more.")
+@click.option("--validation", metavar="DATA", help="Labelled data for --max-drop [default: agreement with float].")
 @click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
@@ -150,6 +152,7 @@ def quantize(
         raise UsageError("--resume and --overwrite contradict each other: choose one")
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
+    check_search(calibration, options)
     from halfbyte.formats import parse_bits
 
     bits = bits or f"W{8 if weight_bits is None else weight_bits}A{8 if activation_bits is None else activation_bits}"
@@ -179,6 +182,7 @@ def quantize(
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
         described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
     show(as_json, quiet, described, _verdict(described, output))
+    check_limit(described, quiet)
 
 
 @main.command()

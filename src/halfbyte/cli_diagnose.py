@@ -1,4 +1,4 @@
-"""The command ``diagnose``."""
+"""The command ``diagnose``, and what ``quantize --max-drop`` asks and answers."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,38 @@ from halfbyte.console import (
     output_options,
     preprocess_from,
     preprocess_options,
+    say,
     show,
     use_threads,
 )
+
+LIMIT_MISSED = 3
+
+
+def check_search(calibration: str | None, options: dict[str, Any]) -> None:
+    """Options that make no sense with, or without, the automatic recipe. Raises :class:`UsageError`."""
+    from halfbyte.errors import UsageError
+
+    if options["max_drop"] is None:
+        if options["validation"] is not None:
+            raise UsageError("--validation is for --max-drop, which was not given")
+        return
+    if calibration is None:
+        raise UsageError("--max-drop needs --calibration: some samples are held out to judge by")
+    for name in ("recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range"):
+        if options[name] is not None:
+            raise UsageError(f"--max-drop chooses the recipe itself: leave --{name.replace('_', '-')} out")
+
+
+def check_limit(described: dict[str, Any], quiet: bool) -> None:
+    """The search's verdict on stderr; exit status 3 where the limit is missed."""
+    told = [e for e in described["log"] if e["stage"] == "search"]
+    if not told:
+        return
+    for entry in told:
+        say(quiet, entry["message"])
+    if not told[-1]["figures"]["reached"]:
+        raise SystemExit(LIMIT_MISSED)
 
 
 @click.command()
