@@ -21,8 +21,8 @@ LAYERS: dict[int, str] = {
     "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate benchmark latency mixed report recipe quantize "
-    "tradeoff inspection summary job",
-    9: "console cli_tradeoff cli __init__ __main__",
+    "tradeoff inspection summary diagnosis probes search matching repairs causes diagnose job",
+    9: "console cli_tradeoff cli_diagnose cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}
 LATE = tuple(LAYERS[9].split())  # the shell waits with torch until it is needed

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
+    from halfbyte.diagnose import diagnose
+    from halfbyte.diagnosis import Diagnosis
     from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
+    from halfbyte.search import search
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
     from halfbyte.store import load, save
     from halfbyte.tradeoff import tradeoff
@@ -121,6 +124,9 @@ _WHERE = {
     "dual": "dual",
     "tune": "tune",
     "tune_statistics": "tune_statistics",
+    "diagnose": "diagnose",
+    "Diagnosis": "diagnosis",
+    "search": "search",
 }
 
 __all__ = [
@@ -133,6 +139,7 @@ __all__ = [
     "Budget",
     "CostTable",
     "Descent",
+    "Diagnosis",
     "Dual",
     "EngineLatency",
     "Format",
@@ -163,6 +170,7 @@ __all__ = [
     "correct_bias",
     "costs",
     "dequantize",
+    "diagnose",
     "dual",
     "equalize",
     "export_onnx",
@@ -183,6 +191,7 @@ __all__ = [
     "run",
     "run_integer",
     "save",
+    "search",
     "select",
     "sensitivity",
     "several",

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from halfbyte import __version__
+from halfbyte.cli_diagnose import check_limit, check_search, diagnose
 from halfbyte.cli_tradeoff import tradeoff
 from halfbyte.console import (
     Progress,
@@ -52,7 +53,7 @@ class _Commands(click.Group):
 def main() -> None:
     """Turn a trained PyTorch network into one that runs on integers, with a file proven equal to the simulation.
 
-    Exit status: 0 done, 2 bad usage or input, 4 the exported file is not proven, 130 interrupted.
+    Exit status: 0 done, 2 bad usage or input, 3 a limit is missed, 4 the exported file is not proven, 130 interrupted.
     """
 
 
@@ -115,6 +116,8 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 @click.option(
     "--time-limit", metavar="TIME", help="For a learned rounding, such as 20m; it takes fewer iterations then."
 )
+@click.option("--max-drop", type=float, metavar="POINTS", help="Search the cheapest recipe that loses no more.")
+@click.option("--validation", metavar="DATA", help="Labelled data for --max-drop [default: agreement with float].")
 @click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
 @click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
@@ -157,6 +160,7 @@ def quantize(
         raise UsageError("--resume and --overwrite contradict each other: choose one")
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
+    check_search(calibration, options)
     from halfbyte.formats import parse_widths
 
     bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
@@ -186,6 +190,7 @@ def quantize(
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
         described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
     show(as_json, quiet, described, _verdict(described, output))
+    check_limit(described, quiet)
 
 
 @main.command()
@@ -424,7 +429,7 @@ def completion(shell: str) -> None:
 
 
 main.add_command(tradeoff)
-
+main.add_command(diagnose)
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ import torch
 from halfbyte import engine, report, summary
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
+from halfbyte.data import labelled
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import parse_widths
@@ -27,6 +28,7 @@ from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
 from halfbyte.quantize import choice_of, default_recipe, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
+from halfbyte.search import search
 from halfbyte.store import load, save
 from halfbyte.targets import find
 
@@ -64,6 +66,8 @@ class Settings:
     container: Container = "packed"
     preprocess: Mapping[str, Any] | None = None
     trust: bool = False
+    max_drop: float | None = None  # points: the automatic recipe
+    validation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the output folder: a moved folder can still be resumed."""
@@ -189,9 +193,9 @@ def _quantized(
         )
         m = stages.run(
             "quantize",
-            lambda: quantize(
+            lambda: _chosen(
                 made,
-                settings.calibration,
+                settings,
                 target=target,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
@@ -213,6 +217,35 @@ def _quantized(
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return m, stages
+
+
+def _chosen(made: QModel, settings: Settings, **options: Any) -> QModel:
+    """Quantized by the recipe, or by the cheapest one that holds the limit."""
+    if settings.max_drop is None or settings.calibration is None:
+        return quantize(made, settings.calibration, **options)
+    options = {k: v for k, v in options.items() if k not in ("recipe", "kept", "budget")}
+    (weight_bits,), (activation_bits,) = options.pop("weight_bits"), options.pop("activation_bits")
+    validation = None
+    if settings.validation is not None:
+        shape = next(n for n in made.graph.nodes if n.op == "output").args[0][0].meta["shape"]
+        classes = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
+        names = [str(n.target) for n in made.inputs]
+        validation = labelled(
+            settings.validation,
+            preprocess=options["preprocess"],
+            input_names=names,
+            outputs=classes,
+            batch=settings.batch,
+        )
+    return search(
+        made,
+        settings.calibration,
+        max_drop=settings.max_drop,
+        validation=validation,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        **options,
+    ).model
 
 
 def chosen_recipe(settings: Settings) -> Recipe:

@@ -68,6 +68,7 @@ def render(summary: Mapping[str, Any]) -> str:
         trouble=_trouble(data.get("parity")),
         uncovered=_uncovered(data),
         plots=[plot for plot in (_signal_plot(values), _load_plot(layers)) if plot],
+        range_plots=[_range_plot(c) for c in (data.get("diagnosis") or {}).get("channels") or [] if c.get("low")],
         histograms=htmlsafe_json_dumps(histograms, separators=(",", ":")),
     )
 
@@ -282,6 +283,19 @@ def _load_plot(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
         axes.margins(x=0.01)
     axes.set_xlabel("layer, in the order of the network")
     return _inline(figure, "Work and stored bytes by layer (red: stays in float)", tips)
+
+
+@mpl.rc_context(_STYLE)
+def _range_plot(channels: Mapping[str, Any]) -> Markup:
+    """The range of each channel of a value, the widest first, between the ends of its grid."""
+    spans = sorted(zip(channels["low"], channels["high"], strict=False), key=lambda s: -max(abs(s[0]), abs(s[1])))
+    figure = Figure(figsize=(10.4, 1.9), layout="constrained")
+    axes = figure.add_subplot(ylabel="range", xlabel="channel, the widest first")
+    axes.bar(range(len(spans)), [high - low for low, high in spans], bottom=[low for low, _ in spans], color=_ACCENT)
+    for end in ("grid_low", "grid_high"):
+        axes.axhline(channels.get(end) or 0.0, color=_BAD, linestyle="--")
+    axes.margins(x=0.01)
+    return _inline(figure, f"{channels.get('value')} (dashed: the ends of its grid)", [])
 
 
 def _inline(figure: Figure, title: str, tips: Sequence[str]) -> Markup:

@@ -1,0 +1,127 @@
+"""Whether a network's inputs look like those it was trained on: batch norms remember what their layers put out in training."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.model import Inputs, QModel, value_name
+from halfbyte.run import run
+
+SHIFT, SPREAD = 1.0, 3.0  # deviations, and a ratio: data of the right kind stay far inside, whatever they show
+_DOUBT = 0.15  # squared deviations; below, sampling a few pictures explains it
+_RIGHT = 0.2  # of the samples: chance does not set so many right
+_CLEARLY = 0.35  # a repair has to leave less than this share of the distance
+
+
+@dataclass(frozen=True)
+class Match:
+    """shift: how far the first layers' outputs lie from their moments, in standard deviations (median over channels); spread:
+    the ratio of standard deviations; distance: both as one squared figure. repair: what would bring them close, if anything
+    tried does, as words and as options of the command line; exact: it is a usual slip, not a fit. right: share of labelled samples
+    that the float network has right, as they are and repaired.
+    """
+
+    shift: float
+    spread: float
+    distance: float
+    repaired: float = math.inf
+    repair: str = ""
+    options: str = ""
+    exact: bool = False
+    right: float | None = None
+    repaired_right: float | None = None
+
+    @property
+    def off(self) -> bool:
+        """Too far from the training data to be of the same kind."""
+        return self.shift > SHIFT or not 1 / SPREAD <= self.spread <= SPREAD or self.repairable
+
+    @property
+    def corrected(self) -> bool:
+        """With one of the repairs the float network has clearly more samples right."""
+        return self.right is not None and self.repaired_right is not None and self.repaired_right - self.right > _RIGHT
+
+    @property
+    def repairable(self) -> bool:
+        """One of the repairs brings the inputs clearly nearer, or the decisions."""
+        return self.corrected or (self.distance > _DOUBT and self.repaired < _CLEARLY * self.distance)
+
+
+def match(m: QModel, inputs: Inputs, labels: Tensor | None = None) -> Match | None:
+    """Compare with the batch norms' moments; None where the network has none near its inputs, and there are no labels."""
+    # deeper layers differ with what the pictures show, the first with how they were prepared
+    first = next((value_name(n) for n in m.graph.nodes if "value" in n.meta and value_name(n) in m.moments), None)
+    if not inputs or (first is None and labels is None):
+        return None
+
+    def judged(x: Tensor) -> tuple[float, float, float, float | None]:
+        given = (x, *inputs[1:])
+        near = (0.0, 1.0, 0.0) if first is None else _distance(m, given, first)
+        return (*near, None if labels is None else _right(m, given, labels))
+
+    shift, spread, distance, right = judged(inputs[0])
+    best = Match(shift, spread, distance, right=right)
+    for words, options, exact, change in _slips(inputs[0]):
+        if not exact and best.repairable and best.exact:
+            break  # a usual slip is likelier than a fit, which always comes near
+        _, _, repaired, set_right = judged(change(inputs[0]))
+        better = repaired < (1.0 if exact else 0.6) * best.repaired
+        if labels is not None and best.repaired_right is not None and set_right is not None:
+            better = (set_right, -repaired) > (best.repaired_right, -best.repaired)
+        if better:
+            best = Match(shift, spread, distance, repaired, words, options, exact, right, set_right)
+    return best
+
+
+@torch.no_grad()
+def _right(m: QModel, inputs: Inputs, labels: Tensor) -> float | None:
+    """The share of samples that the float network has right."""
+    outputs = run(m.as_float(), inputs)
+    if len(outputs) != 1 or outputs[0].ndim != 2:
+        return None
+    return float((outputs[0].argmax(1).cpu() == labels.cpu()).float().mean())
+
+
+@torch.no_grad()
+def _distance(m: QModel, inputs: Inputs, first: str) -> tuple[float, float, float]:
+    """Of a value: shift, ratio of spreads, and both squared (medians over the channels that vary)."""
+    (x,), moments = run(m.as_float(), inputs, stop=first), m.moments[first]
+    flat = x.movedim(1, 0).flatten(1)
+    alive = moments.std > 1e-3 * moments.std.max()
+    mean, std = moments.mean[alive], moments.std[alive].clamp(min=1e-12)
+    shift = (flat.mean(1)[alive] - mean).abs() / std
+    ratio = flat.std(1)[alive].clamp(min=1e-12) / std
+    both = shift.square() + ratio.log().square()
+    return float(shift.median()), float(ratio.median()), float(both.median())
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _slips(x: Tensor) -> Iterator[tuple[str, str, bool, Change]]:
+    """Usual slips of pre-processing and what undoes them: words, options, whether it is exact, the change to the input."""
+    if x.ndim != 4 or not x.is_floating_point():
+        return
+    if x.shape[1] == 3:
+        yield "the colours are in the opposite order (RGB and BGR)", "--color bgr", True, lambda t: t.flip(1)
+    low, high = float(x.min()), float(x.max())
+    if high > 2:
+        yield "pixels of 0..255 where 0..1 is expected", "--mean 0 --std 255", True, lambda t: t / 255
+        yield "pixels of 0..255 where -1..1 is expected", "--mean 127.5 --std 127.5", True, lambda t: t / 127.5 - 1
+    else:
+        yield "pixels of 0..1 where 0..255 is expected", "--mean 0 --std 1", True, lambda t: t * 255
+    if low >= -1e-6 and high <= 1 + 1e-6:
+        yield "pixels of 0..1 where -1..1 is expected", "--mean 127.5 --std 127.5", True, lambda t: t * 2 - 1
+    fitted = "mean and standard deviation are missing or others than in training"
+    axes = (0, 2, 3)
+
+    def standard(t: Tensor) -> Tensor:
+        return (t - t.mean(axes, keepdim=True)) / t.std(axes, keepdim=True).clamp(min=1e-6)
+
+    yield fitted, "--mean MEAN --std STD", False, standard
+    if x.shape[1] == 3:
+        swapped = "the colours are in the opposite order (RGB and BGR) before mean and standard deviation"
+        yield swapped, "--color bgr", False, lambda t: standard(t).flip(1)

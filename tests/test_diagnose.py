@@ -1,0 +1,164 @@
+"""Faults planted into trained networks, each named first; healthy networks; what cannot be diagnosed; the figures behind."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import halfbyte as hb
+from halfbyte.diagnose import diagnose
+from halfbyte.errors import DataError, UsageError
+from halfbyte.probes import bench, each_alone, each_left_out, quantizers
+from halfbyte.run import simulate
+from halfbyte.targets import ONNXRUNTIME_AVX2
+from planted import FAULTS, Subject, float_layer, wide
+from tiny import array, halfbyte, quantized
+from trained import NETWORKS, pixels, prepared, trained
+
+SUBJECTS = list(NETWORKS)
+
+
+@pytest.fixture(scope="module", params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    nets = trained(request.param), trained(request.param, tracked=False)
+    return Subject(*nets, prepared, pixels(128, 3)[0], pixels(64, 4), tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    nets = trained("plain"), trained("plain", tracked=False)
+    return Subject(*nets, prepared, pixels(128, 3)[0], pixels(64, 4), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_named_first(subject: Subject, fault: str) -> None:
+    plant, expected = FAULTS[fault]
+    m, data, file = plant(subject)
+    d = diagnose(m, data, file=file, repairs=False)
+    assert d.cause.name == expected, d
+    assert d.cause.command
+    assert d.cause.evidence
+    assert json.loads(json.dumps(d.to_dict()))["cause"]["name"] == expected
+
+
+def test_healthy_network(subject: Subject) -> None:
+    m = subject.quantized()
+    d = diagnose(m, subject.data, network=subject.net)
+    assert d.cause.name == "nothing found", d
+    assert {s.verdict for s in d.steps} == {"passed", "not run"}
+    assert d.labelled
+    assert diagnose(m).cause.name == "nothing found"
+
+
+def test_too_few_bits_and_the_repairs(subject: Subject) -> None:
+    m = subject.quantized(weight_bits=2, recipe="default", uniform=True)
+    d = diagnose(m, subject.data)
+    assert d.cause.name == "too few bits", d
+    assert d.repairs
+    best = d.repairs[0]
+    assert best.after is not None and best.after < best.before
+    assert "cause" in str(d) and "next" in repr(d)
+    assert "<b>" in d._repr_html_()
+    assert d.channels and len(d.channels[0].low) == len(d.channels[0].high)
+
+
+def test_module_in_train_mode(plain: Subject) -> None:
+    net = NETWORKS["plain"]()
+    net.load_state_dict(plain.net.state_dict())
+    net.train()
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    d = diagnose(plain.quantized(), plain.data, network=net)
+    assert d.cause.name == "train-mode batch norm"
+    assert net.training
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+
+
+def test_another_module_is_told(plain: Subject) -> None:
+    torch.manual_seed(5)
+    d = diagnose(plain.quantized(), plain.data, network=NETWORKS["plain"]().eval())
+    assert d.cause.name == "a transform changed the network"
+
+
+def test_alone_and_left_out_are_what_whole_runs_give(plain: Subject) -> None:
+    """The shortcut over frontiers against full runs."""
+    m = plain.quantized(weight_bits=4, recipe="default")
+    m = replace(m, tuned={})
+    x = plain.samples[:16]
+    b = bench(m, [((x[:8],), None), ((x[8:],), None)])
+    alone, left = each_alone(m, b), each_left_out(m, b, quantizers(m))
+    wanted = hb.run(m.as_float(), (x,))[0]
+    signal = float((wanted - wanted.mean()).square().sum())
+    for root, group in quantizers(m).items():
+        for found, on in ((alone, set(group)), (left, {*m.grids, *m.ties} - set(group))):
+            (got,) = hb.run(m, (x,), simulate(m, only=on.__contains__))
+            assert found[root] == pytest.approx(float((got - wanted).square().sum()) / signal, rel=0.05, abs=1e-7)
+    assert list(alone.values()) == sorted(alone.values(), reverse=True)
+
+
+def test_what_cannot_be_diagnosed(plain: Subject) -> None:
+    m = plain.quantized()
+    with pytest.raises(UsageError, match="no grids"):
+        diagnose(m.as_float())
+    with pytest.raises(UsageError, match="no samples"):
+        diagnose(replace(m, samples=()))
+    with pytest.raises(DataError, match="no samples"):
+        diagnose(m, [])
+    with pytest.raises(DataError, match="cannot run"):
+        diagnose(m, [torch.zeros(2, 5, 16, 16)])
+    with pytest.raises(DataError, match="holds 3"):
+        diagnose(m, [(plain.samples, plain.samples, plain.samples)])
+
+
+def test_a_check_that_fails_says_why(plain: Subject, tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"nothing")
+
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyError("lost")
+
+    d = diagnose(plain.quantized(), plain.data, file=tmp_path / "net.onnx", network=Broken())
+    assert d.cause.name == "a file that differs from the simulation"
+    assert any(s.verdict == "not run" and "KeyError" in s.detail for s in d.steps)
+
+
+def test_network_without_batch_norms_or_classes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    x = torch.randn(8, 3, 10, 10)
+    m = hb.quantize(hb.capture(net, x), [x], target=ONNXRUNTIME_AVX2)
+    d = diagnose(m, [x])
+    assert d.cause.name == "nothing found"
+    assert any("no batch norm" in s.detail for s in d.steps)
+
+
+def test_command(tmp_path: Path) -> None:
+    out = quantized(tmp_path)
+    result = halfbyte("diagnose", out, "--threads", 1, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    described = json.loads((out / "summary.json").read_text())
+    assert described["diagnosis"]["cause"] == found["cause"]
+    assert (out / "report.html").read_text().count("Diagnosis") >= 1
+    data = array(tmp_path / "other.npy")
+    text = halfbyte("diagnose", out, "--data", data, "--threads", 1).output
+    assert "cause " in text
+    assert text.rstrip().splitlines()[-1].startswith("next ")
+    assert halfbyte("diagnose", tmp_path).exit_code == 2
+    (out / "checkpoint" / "graph.json").unlink()
+    result = halfbyte("diagnose", out)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_suggested_command_builds_on_the_one_that_made_it(plain: Subject) -> None:
+    command = (
+        "halfbyte quantize net.py:build --calibration photos/ --activation-range min-max --bits W8A8 -o out --overwrite"
+    )
+    d = diagnose(wide(plain)[0], repairs=False, command=command)
+    assert d.cause.command == (
+        "halfbyte quantize net.py:build --calibration photos/ --bits W8A8 --activation-range mse --weight-range mse -o out-2"
+    )
+    assert "benchmark out " in diagnose(float_layer(plain)[0], repairs=False, command=command).cause.command
