@@ -25,6 +25,7 @@ from halfbyte.store import load, save
 _PORTION = 16  # samples that run at a time where nothing is learned
 _WARMUP = 0.1  # share of the steps over which the rates rise: the first steps of Adam know only the sign of a gradient
 _CHECKS = 8
+_LARGE = 0.15  # of a relative error; steps do not grow with what is worse, for such networks are easily upset
 
 
 def tune(
@@ -35,8 +36,8 @@ def tune(
     loss: Loss = "error",
     iterations: int = 200,
     batch: int = 16,
-    rate: float = 0.005,
-    scale_rate: float = 0.005,
+    rate: float = 0.01,
+    scale_rate: float = 0.02,
     seed: int = 0,
     time_limit: float | None = None,
     kept: Path | None = None,
@@ -44,17 +45,17 @@ def tune(
 ) -> QModel:
     """Let the outputs of the quantized network follow those of the float network on the data. Use last.
 
-    data: unlabelled batches, of which the last eighth of each is held out: the model stays as it was unless it does better there.
-    learn: what moves: biases, scales (of weights, each on its own, and of running values of fewer than eight bits), codes of
-    weights of fewer than eight bits. loss: ``error`` is the squared difference of the outputs over their variance in float,
-    averaged over outputs, of class scores less their mean over the classes; ``divergence``, as published, KL(softmax(float) ||
-    softmax(quantized)) of a single output [samples, classes]: it sees only samples that the network is in doubt about, which
-    are few among those that it was trained on. iterations: steps of Adam with ``batch`` samples; gradients of so many are held
-    at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in standard deviations of
-    what their layer puts out, as a share of the relative error of the outputs: what is nearly right moves in small steps.
-    time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends the tuning with the best model so
-    far in the folder, which the next run takes. Raises :class:`UsageError` for a model without grids, an empty or unknown
-    ``learn``, and a divergence of outputs that are no classes.
+    data: unlabelled batches, of which the last eighth of each is held out: the model stays as it was unless it does better
+    there. learn: what moves: biases, scales (of weights, each on its own, and of running values of fewer than eight bits),
+    codes of weights of fewer than eight bits. loss: ``error`` is the squared difference of the outputs over their variance in
+    float, averaged over outputs, of class scores less their mean over the classes; ``divergence``, as published,
+    KL(softmax(float) || softmax(quantized)) of a single output [samples, classes]: it sees only samples that the network is in
+    doubt about, which are few among those that it was trained on. iterations: steps of Adam with ``batch`` samples; gradients
+    of so many are held at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in
+    standard deviations of what their layer puts out, as a share of the relative error of the outputs (0.15 at most): what is
+    nearly right moves in small steps. time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends
+    the tuning with the best model so far in the folder, which the next run takes. Raises :class:`UsageError` for a model
+    without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
     _check(m, learn, loss, iterations, batch)
     fit, held = split(data)
@@ -70,7 +71,7 @@ def tune(
         part.free_biases(judge.env(torch.arange(min(count, 4 * _PORTION))))
 
     def rates(before: float) -> Rates:
-        step = scale_rate * math.sqrt(min(max(before, 0.0), 1.0))
+        step = scale_rate * min(math.sqrt(max(before, 0.0)), _LARGE)
         return Rates(rate, step, step)
 
     def tick(step: int, steps: int) -> bool:
