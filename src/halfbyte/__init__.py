@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from halfbyte.budgets import Budget
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
+    from halfbyte.check import check
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
@@ -70,6 +71,7 @@ _WHERE = {
     "fake_quantize": "affine",
     "quantize_tensor": "affine:quantize",
     "calibrate": "calibrate",
+    "check": "check",
     "capture": "capture",
     "correct_bias": "correct",
     "absorb_bias": "transforms.absorb_bias",
@@ -149,6 +151,7 @@ __all__ = [
     "bits",
     "calibrate",
     "capture",
+    "check",
     "correct_bias",
     "costs",
     "dequantize",

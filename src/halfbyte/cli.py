@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from halfbyte import __version__
+from halfbyte import cli_daily as daily
 from halfbyte.console import (
     Progress,
     context_settings,
@@ -51,7 +52,7 @@ class _Commands(click.Group):
 def main() -> None:
     """Turn a trained PyTorch network into one that runs on integers, with a file proven equal to the simulation.
 
-    Exit status: 0 done, 2 bad usage or input, 4 the exported file is not proven, 130 interrupted.
+    Exit status: 0 done, 2 bad usage or input, 3 a limit is missed, 4 the exported file is not proven, 130 interrupted.
     """
 
 
@@ -334,25 +335,14 @@ def _scores(result: Any) -> str:
 @output_options
 def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
-    import tempfile
-
-    from halfbyte.benchmark import benchmark as measure
-    from halfbyte.benchmark import float_file
+    from halfbyte.benchmark import against_float
     from halfbyte.job import open_output, write_summary
 
     m, file, _, described = open_output(output)
     if file is None:
         raise UsageError(f"'{output}' has no proven model.onnx to time")
-    with (
-        tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch,
-        Progress(quiet or as_json) as progress,
-    ):
-        reference = Path(scratch) / "float.onnx"
-        progress("export float", 0, None)
-        float_file(m, reference)
-        result = measure(
-            m, file, reference, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress
-        )
+    with Progress(quiet or as_json) as progress:
+        result = against_float(m, file, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress)
     described["benchmark"] = vars(result)
     write_summary(output, described)
     show(as_json, quiet, vars(result), str(result))
@@ -411,6 +401,9 @@ def completion(shell: str) -> None:
         raise UsageError(f"there is no completion for {shell}")
     click.echo(completer(main, {}, "halfbyte", "_HALFBYTE_COMPLETE").source())
 
+
+for _command_of_daily_use in daily.COMMANDS:
+    main.add_command(_command_of_daily_use)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,50 @@
+"""The commands of daily use: hold a result to limits, compare results, prove one elsewhere, see what a machine can do."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from halfbyte.console import (
+    Progress,
+    friendly_warnings,
+    output_options,
+    preprocess_from,
+    preprocess_options,
+    show,
+    use_threads,
+)
+from halfbyte.errors import LimitError
+
+_LABELLED = "Labelled data: a folder for each class, .npz with 'target', or file.py:callable."
+_UNLABELLED = "Data without labels: decisions that differ from the float network's are counted."
+
+
+@click.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--max-drop", type=click.FloatRange(0), metavar="POINTS", help="Points that may be lost against float.")
+@click.option("--max-size", metavar="SIZE", help="Of model.onnx, such as 5MB, 500kB or 4.5MiB.")
+@click.option(
+    "--min-speedup", type=click.FloatRange(0), metavar="X", help="Times as fast as float, in the same engine."
+)
+@click.option("--data", metavar="DATA", help=_LABELLED)
+@click.option("--unlabelled", metavar="DATA", help=_UNLABELLED)
+@click.option("--limit", type=click.IntRange(1), help="Use only so many samples.")
+@click.option("--batch", default=50, help="Samples at a time.")
+@click.option("--threads", type=int, help="[default: all cores]")
+@preprocess_options
+@output_options
+def check(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Hold OUT to limits: a line for each with the measured number, and exit status 3 if one is missed."""
+    from halfbyte.check import check as judge
+
+    preprocess = preprocess_from(options)
+    with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
+        found = judge(output, preprocess=preprocess, threads=use_threads(threads), progress=progress, **options)
+    show(as_json, quiet, found.to_dict(), str(found))
+    missed = [limit for limit in found.limits if not limit.held]
+    if missed:
+        raise LimitError(f"{len(missed)} of {len(found.limits)} limits missed: {'; '.join(m.text for m in missed)}")
+
+
+COMMANDS = (check,)
