@@ -21,7 +21,7 @@ LAYERS: dict[int, str] = {
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower engine integer parity export_onnx evaluate scoring benchmark latency report recipe quantize inspection summary job "
-    "check",
+    "check compare",
     9: "console cli_daily cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

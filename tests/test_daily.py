@@ -10,6 +10,7 @@ import torch
 
 import halfbyte as hb
 from halfbyte.check import check, parse_size
+from halfbyte.compare import compare
 from halfbyte.errors import UsageError
 from halfbyte.job import open_output
 from tiny import files, halfbyte, quantized
@@ -98,3 +99,44 @@ def test_sizes() -> None:
     for bad in ("", "-5MB", "5 m", "MB"):
         with pytest.raises(UsageError, match="not a size"):
             parse_size(bad)
+
+
+def test_compare_is_paired_on_the_same_samples(done: Path) -> None:
+    x = np.load(done / "unlabelled.npy")
+    found = compare([done / "out", done / "few"], unlabelled=done / "unlabelled.npy")
+    first, second = found.results
+    lost = [disagreement(done / name, x) for name in ("out", "few")]
+    assert [first.score, second.score] == pytest.approx([1 - p / 100 for p in lost])
+    assert second.difference is not None and second.against_first is not None and first.against_first is None
+    assert second.difference.points == pytest.approx(-lost[1])
+    assert second.against_first.points == pytest.approx(lost[0] - lost[1])
+    labelled = compare([done / "out", done / "few"], data=done / "labelled.npz")
+    assert [r.score for r in labelled.results] == [first.score, second.score]  # these labels are the float network's
+    assert {c.name: c.formats for c in found.layers} == dict.fromkeys(("first", "last"), ("W8A8", "W2A2"))
+    assert all(a is not None and b is not None and a > b for a, b in (c.noise for c in found.layers))
+
+
+def test_compare_as_page_and_data(done: Path) -> None:
+    evil = shutil.copytree(done / "few", done / "<b>few")
+    page = done / "page.html"
+    result = halfbyte(
+        "compare", done / "out", evil, "--benchmark", "--rounds", 3, "--threads", 1, "--html", page, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [r["bits"] for r in told["results"]] == ["W8A8", "W2A2"]
+    assert all(r["proven"] and r["milliseconds"] > 0 for r in told["results"])
+    assert "--data" in told["notes"][0]
+    text = page.read_text()
+    assert "&lt;b&gt;few" in text
+    assert "<b>" not in text
+    text = halfbyte("compare", done / "out", evil).output
+    assert "2 layers differ" in text
+    assert "W2A2" in text
+
+
+def test_compare_refuses(done: Path, tmp_path: Path) -> None:
+    for words, folders in {"at least two": ["out"], "twice": ["out", "out"], "no summary": ["out", "gone"]}.items():
+        result = halfbyte("compare", *(done / f for f in folders))
+        assert result.exit_code == 2
+        assert words in result.output

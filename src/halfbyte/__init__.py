@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
     from halfbyte.check import check
+    from halfbyte.compare import compare
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
@@ -72,6 +73,7 @@ _WHERE = {
     "quantize_tensor": "affine:quantize",
     "calibrate": "calibrate",
     "check": "check",
+    "compare": "compare",
     "capture": "capture",
     "correct_bias": "correct",
     "absorb_bias": "transforms.absorb_bias",
@@ -152,6 +154,7 @@ __all__ = [
     "calibrate",
     "capture",
     "check",
+    "compare",
     "correct_bias",
     "costs",
     "dequantize",

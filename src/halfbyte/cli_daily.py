@@ -47,4 +47,30 @@ def check(output: Path, threads: int | None, as_json: bool, quiet: bool, **optio
         raise LimitError(f"{len(missed)} of {len(found.limits)} limits missed: {'; '.join(m.text for m in missed)}")
 
 
-COMMANDS = (check,)
+@click.command()
+@click.argument("outputs", metavar="OUT...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--data", metavar="DATA", help=_LABELLED)
+@click.option("--unlabelled", metavar="DATA", help=_UNLABELLED)
+@click.option("--benchmark", is_flag=True, help="Time every file against float now.")
+@click.option("--rounds", default=30, help="Of --benchmark.")
+@click.option("--limit", type=click.IntRange(1), help="Use only so many samples.")
+@click.option("--batch", default=50, help="Samples at a time.")
+@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write the comparison as a page, too.")
+@preprocess_options
+@output_options
+def compare(
+    outputs: tuple[Path, ...], threads: int | None, html: Path | None, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Put results side by side: accuracy with paired intervals, size, speed, proof, and the layers that differ."""
+    from halfbyte.compare import compare as put
+
+    preprocess = preprocess_from(options)
+    with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
+        found = put(outputs, preprocess=preprocess, threads=use_threads(threads), progress=progress, **options)
+    if html is not None:
+        html.write_text(found.to_html(), encoding="utf-8")
+    show(as_json, quiet, found.to_dict(), str(found))
+
+
+COMMANDS = (check, compare)
