@@ -1,18 +1,25 @@
 """The commands of daily use on one small result: limits, comparison, proof elsewhere."""
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
 
 import halfbyte as hb
 from halfbyte.check import check, parse_size
 from halfbyte.compare import compare
 from halfbyte.errors import UsageError
 from halfbyte.job import open_output
+from halfbyte.proof import write_proof
+from halfbyte.prove import exposed, read
 from tiny import files, halfbyte, quantized
 
 
@@ -140,3 +147,98 @@ def test_compare_refuses(done: Path, tmp_path: Path) -> None:
         result = halfbyte("compare", *(done / f for f in folders))
         assert result.exit_code == 2
         assert words in result.output
+
+
+WITHOUT = """
+import sys
+for name in "torch onnx onnx_ir onnxscript scipy safetensors PIL psutil jinja2 matplotlib".split():
+    sys.modules[name] = None
+from halfbyte.cli import main
+main(["prove", sys.argv[1]])
+"""
+
+
+def test_prove_on_a_bare_folder_without_torch(done: Path, tmp_path: Path) -> None:
+    for name in ("model.onnx", "proof.npz"):
+        shutil.copy(done / "out" / name, tmp_path)
+    found = subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith("equal on ONNX Runtime")
+
+
+def test_prove_names_the_first_value_that_differs(done: Path, tmp_path: Path) -> None:
+    """A proof that expects another integer, and a file that computes another one."""
+    out = shutil.copytree(done / "out", tmp_path / "out")
+    described, arrays = read(out / "proof.npz")
+    names = [r["name"] for r in described["values"]]
+    assert [r["name"] for r in described["values"] if r["output"]] == ["output"]
+    assert any(r["exact"] for r in described["values"] if not r["output"])
+
+    def rewritten(position: int | None, model: Path) -> str:
+        changed, record = dict(arrays), json.loads(json.dumps(described))
+        record["model"] = hashlib.sha256(model.read_bytes()).hexdigest()
+        if position is not None:
+            changed[f"value{position}"] = arrays[f"value{position}"] + 3
+            record["values"][position]["digests"] = ["0" * 32] * record["samples"]
+        text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+        np.savez(out / "proof.npz", description=text, **changed)
+        result = halfbyte("prove", out)
+        assert result.exit_code == (4 if position is not None or model != done / "out" / "model.onnx" else 0)
+        return result.output
+
+    for position, name in enumerate(names):
+        assert f"'{name}' differs at element 0" in rewritten(position, done / "out" / "model.onnx")
+    model = onnx.load(str(out / "model.onnx"))
+    weight = next(
+        t for t in model.graph.initializer if t.name.startswith("last.weight") and t.data_type == TensorProto.INT8
+    )
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.reshape(-1)[0] += 40 if values.reshape(-1)[0] < 0 else -40
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(model, str(out / "model.onnx"))
+    assert "differs" in rewritten(None, out / "model.onnx")
+    np.savez(out / "proof.npz", description=np.frombuffer(json.dumps(described).encode(), np.uint8), **arrays)
+    assert "is not the file" in halfbyte("prove", out).output
+
+
+def test_prove_refuses_what_it_cannot_read(done: Path, tmp_path: Path) -> None:
+    assert halfbyte("prove", tmp_path).exit_code == 2
+    shutil.copy(done / "out" / "model.onnx", tmp_path)
+    for content in (b"", b"PK nothing", (done / "out" / "proof.npz").read_bytes()[:300]):
+        (tmp_path / "proof.npz").write_bytes(content)
+        result = halfbyte("prove", tmp_path)
+        assert result.exit_code == 2
+        assert "proof.npz' is damaged" in result.output
+
+
+def test_values_behind_a_rounding_difference_are_not_judged(tmp_path: Path) -> None:
+    """A network with a float operation between integer layers: its result may be off by a step elsewhere."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)
+    )
+    x = torch.randn(32, 6)
+    m = hb.quantize(hb.capture(net.eval(), (x[:2],)), [x])
+    hb.export_onnx(m, tmp_path / "model.onnx")
+    write_proof(m, tmp_path / "model.onnx", tmp_path / "proof.npz")
+    assert hb.prove(tmp_path).equal
+    described, arrays = read(tmp_path / "proof.npz")
+    position = next(i for i, r in enumerate(described["values"]) if not r["exact"] and r["behind"])  # the sigmoid's
+    later = sum(position in r["behind"] for r in described["values"])
+    assert later
+    described["values"][position]["digests"] = ["0" * 32] * described["samples"]
+    for shift, equal in ((1, True), (2, False)):
+        codes = arrays[f"value{position}"].astype(np.int64) + shift
+        text = np.frombuffer(json.dumps(described).encode(), np.uint8)
+        np.savez(tmp_path / "proof.npz", **{**arrays, f"value{position}": codes}, description=text)
+        found = hb.prove(tmp_path)
+        assert (found.equal, found.rounded, found.unjudged) == ((True, 1, later) if equal else (False, 0, 0))
+
+
+def test_outputs_added_without_a_parser(done: Path) -> None:
+    data = (done / "out" / "model.onnx").read_bytes()
+    names = [f"value{i}" for i in range(40)]
+    before, after = onnx.load_from_string(data), onnx.load_from_string(exposed(data, names))
+    assert [o.name for o in after.graph.output[len(before.graph.output) :]] == [f"{n}:codes" for n in names]
+    del after.graph.output[len(before.graph.output) :]
+    assert after == before

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
+    from halfbyte.prove import prove
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
@@ -78,6 +79,7 @@ _WHERE = {
     "correct_bias": "correct",
     "absorb_bias": "transforms.absorb_bias",
     "propagate": "moments",
+    "prove": "prove",
     "walk": "walk",
     "Blocks": "blocks",
     "refine": "blocks",
@@ -171,6 +173,7 @@ __all__ = [
     "place",
     "predict",
     "propagate",
+    "prove",
     "quantize",
     "quantize_tensor",
     "reconstruct",

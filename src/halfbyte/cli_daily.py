@@ -14,7 +14,7 @@ from halfbyte.console import (
     show,
     use_threads,
 )
-from halfbyte.errors import LimitError
+from halfbyte.errors import LimitError, ParityError
 
 _LABELLED = "Labelled data: a folder for each class, .npz with 'target', or file.py:callable."
 _UNLABELLED = "Data without labels: decisions that differ from the float network's are counted."
@@ -73,4 +73,17 @@ def compare(
     show(as_json, quiet, found.to_dict(), str(found))
 
 
-COMMANDS = (check, compare)
+@click.command()
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@output_options
+def prove(output: Path, as_json: bool, quiet: bool) -> None:
+    """Repeat the proof of OUT/model.onnx on this machine, from OUT/proof.npz; needs numpy and ONNX Runtime only."""
+    from halfbyte.prove import prove as repeat
+
+    found = repeat(output)
+    show(as_json, quiet or not found.equal, found.to_dict(), str(found))
+    if not found.equal:
+        raise ParityError(str(found))
+
+
+COMMANDS = (check, compare, prove)

@@ -25,13 +25,15 @@ from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
+from halfbyte.proof import write_proof
+from halfbyte.prove import MODEL, PROOF
 from halfbyte.quantize import default_recipe, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.store import load, save
 from halfbyte.targets import find
 
 _log = logging.getLogger("halfbyte")
-MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
+CHECKPOINT, SUMMARY, REPORT = "checkpoint", "summary.json", "report.html"
 UNPROVEN = "model.unproven.onnx"
 STATE, LAYERS = "state.json", "layers"  # in the checkpoint: what was asked for, and layers solved so far
 Result = TypeVar("Result")
@@ -146,7 +148,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(folder: Path) -> None:
     """Remove an earlier result, and nothing that somebody else has put beside it."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    for name in (MODEL, UNPROVEN, SUMMARY, REPORT):
+    for name in (MODEL, PROOF, UNPROVEN, SUMMARY, REPORT):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -263,6 +265,8 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
     except BaseException:  # only a file that was found to differ stays for inspection
         (out / UNPROVEN).unlink(missing_ok=True)
         raise
+    if parity is not None:
+        stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows
     write_summary(out, described)
