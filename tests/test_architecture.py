@@ -22,7 +22,7 @@ LAYERS: dict[int, str] = {
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "prove lower engine integer parity export_onnx proof evaluate scoring benchmark latency report recipe quantize "
     "inspection summary job check compare",
-    9: "console cli_daily cli __init__ __main__",
+    9: "console doctor cli_daily cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}
 LATE = tuple(LAYERS[9].split())  # the shell waits with torch until it is needed

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
+    from halfbyte.doctor import doctor
     from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
@@ -117,6 +118,7 @@ _WHERE = {
     "fold_batchnorm": "transforms.fold_batchnorm",
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
+    "doctor": "doctor",
     "dual": "dual",
 }
 
@@ -160,6 +162,7 @@ __all__ = [
     "correct_bias",
     "costs",
     "dequantize",
+    "doctor",
     "dual",
     "equalize",
     "export_onnx",

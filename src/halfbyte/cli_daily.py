@@ -14,7 +14,7 @@ from halfbyte.console import (
     show,
     use_threads,
 )
-from halfbyte.errors import LimitError, ParityError
+from halfbyte.errors import HalfbyteError, LimitError, ParityError
 
 _LABELLED = "Labelled data: a folder for each class, .npz with 'target', or file.py:callable."
 _UNLABELLED = "Data without labels: decisions that differ from the float network's are counted."
@@ -86,4 +86,18 @@ def prove(output: Path, as_json: bool, quiet: bool) -> None:
         raise ParityError(str(found))
 
 
-COMMANDS = (check, compare, prove)
+@click.command()
+@output_options
+def doctor(as_json: bool, quiet: bool) -> None:
+    """Show versions, instruction set, threads, memory and cache of this machine, and what is missing for what."""
+    from halfbyte.doctor import doctor as examine
+
+    found = examine()
+    show(as_json, quiet, found.to_dict(), str(found))
+    if found.broken:
+        raise HalfbyteError(
+            f"{', '.join(found.broken)} missing or unusable: install halfbyte again with its dependencies"
+        )
+
+
+COMMANDS = (check, compare, doctor, prove)

@@ -6,6 +6,7 @@ quantized value, a digest of the codes that each sample has to give and some of 
 """
 
 import hashlib
+import io
 import json
 import platform
 import sys
@@ -88,8 +89,7 @@ def prove(folder: str | Path) -> Proof:
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Description and arrays of a ``proof.npz``. Raises :class:`StoreError`."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
+        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
         described = json.loads(bytes(arrays.pop("description")))
     except OSError as error:
         raise StoreError(f"cannot read '{path}': {error.strerror or error}; 'halfbyte quantize' writes it") from error
