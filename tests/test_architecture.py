@@ -15,13 +15,13 @@ LAYERS: dict[int, str] = {
     1: "ops model graph chains run moments store",
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
-    3: "targets place",
+    3: "targets overrides place",
     4: "stats grids walk correct calibrate",
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "prove lower engine integer parity export_onnx proof evaluate scoring benchmark latency report recipe quantize "
-    "inspection summary job check compare",
+    "inspection summary job plan check compare",
     9: "console doctor cli_daily cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

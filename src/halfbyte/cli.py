@@ -110,7 +110,16 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 )
 @click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
-@click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="GLOB",
+    help="Layers to leave in float, by name, module or type:conv; repeatable.",
+)
+@click.option(
+    "--set", "sets", multiple=True, metavar="GLOB=WxAy", help="Other widths for some layers, such as 'stem.*=W8A16'."
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan, sizes and what it will take; run and write nothing.")
 @click.option(
     "--container",
     type=click.Choice(["packed", "int8"]),
@@ -133,6 +142,8 @@ def quantize(
     weight_bits: int | None,
     activation_bits: int | None,
     keep_float: tuple[str, ...],
+    sets: tuple[str, ...],
+    dry_run: bool,
     ranges: tuple[str, ...],
     threads: int | None,
     resume: bool,
@@ -158,7 +169,8 @@ def quantize(
     options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
-    check_output(Path(output), resume=resume, overwrite=overwrite)
+    if not dry_run:
+        check_output(Path(output), resume=resume, overwrite=overwrite)
     use_threads(threads)
     settings = Settings(
         network=network,
@@ -166,16 +178,25 @@ def quantize(
         output=output,
         bits=bits.upper(),
         keep_float=keep_float,
+        sets=sets,
         ranges=ranges,
         preprocess=None if preprocess is None else preprocess.to_dict(),
         **options,
     )
     chosen_recipe(settings)
+    _ = settings.overrides  # refuses what makes no sense before the work starts
     if calibration is None and not data_free:
         from halfbyte.quantize import NO_DATA
 
         say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
+    if dry_run:
+        from halfbyte.plan import plan
+
+        with friendly_warnings(quiet):
+            planned = plan(settings)
+        show(as_json, quiet, planned.to_dict(), str(planned))
+        return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
         described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
     show(as_json, quiet, described, _verdict(described, output))
@@ -250,6 +271,7 @@ def _verdict(described: dict[str, Any], output: str) -> str:
     )
     seconds = sum(s["seconds"] for s in described["stages"])
     lines = [
+        *(f"override: {e['value'] or 'none'}: {e['message']}" for e in described["log"] if e["stage"] == "override"),
         f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
         f"{integer} of {len(layers)} layers in integers; {len(described['float_left'])} operations in float; {seconds:.0f} s",
         f"{output}/report.html has the details",

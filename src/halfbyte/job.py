@@ -20,9 +20,11 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
-from halfbyte.formats import parse_bits
+from halfbyte.formats import Bits, parse_bits
+from halfbyte.formats import bits as read_bits
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
+from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
@@ -61,6 +63,7 @@ class Settings:
     time_limit: float | None = None  # seconds
     uniform: bool = False
     keep_float: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()  # exceptions, GLOB=W8A16
     ranges: tuple[str, ...] = ()
     container: Container = "packed"
     preprocess: Mapping[str, Any] | None = None
@@ -69,6 +72,16 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the output folder: a moved folder can still be resumed."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "output"}
+
+    @property
+    def widths(self) -> Bits:
+        """Of weights and activations."""
+        return read_bits(self.bits)
+
+    @property
+    def overrides(self) -> Overrides:
+        """What is kept in float or has other widths. Raises :class:`UsageError` for what makes no sense."""
+        return parse_overrides(self.keep_float, self.sets)
 
     def without_folders(self) -> dict[str, Any]:
         """What a file for others may say: names without the folders they lie in."""
@@ -185,9 +198,7 @@ def _quantized(
             _clear(out)
         if recipe.has("reconstruct"):
             _begin(out, settings)
-        made = stages.run(
-            "capture", lambda: capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
-        )
+        made = stages.run("capture", lambda: network_of(settings))
         m = stages.run(
             "quantize",
             lambda: quantize(
@@ -197,7 +208,7 @@ def _quantized(
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 recipe=recipe,
-                overrides=dict.fromkeys(settings.keep_float),
+                overrides=settings.overrides,
                 ranges=ranges,
                 preprocess=preprocess,
                 samples=settings.samples,
@@ -236,6 +247,12 @@ def chosen_recipe(settings: Settings) -> Recipe:
     recipe = recipe.changed("reconstruct", **learned)
     check(recipe)
     return recipe
+
+
+def network_of(settings: Settings) -> QModel:
+    """The captured network that the settings name."""
+    preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
+    return capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
 
 
 def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:

@@ -13,7 +13,7 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
 from halfbyte.grids import GridRule
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.place import Overrides
+from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Context, Recipe, follow, load_recipe
 from halfbyte.run import run
@@ -56,7 +56,7 @@ def quantize(
     with data, ``low-bit`` for fewer than 8 bits, ``dfq`` without data). uniform: the first and the last layer get fewer than 8
     bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are
     chosen (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations,
-    weights: range rules in place of the recipe's. overrides: value or glob -> format, None for float. ranges: value ->
+    weights: range rules in place of the recipe's. overrides: see :func:`place`. ranges: value ->
     (lowest, highest) by hand. samples, batch, seed: how much data, in what portions, chosen how. Returns a model that
     ``predict`` simulates and ``export_onnx`` writes.
     """

@@ -22,7 +22,8 @@ from halfbyte.local import LayerSolver
 from halfbyte.methods.adaquant import AdaQuant
 from halfbyte.methods.adaround import AdaRound
 from halfbyte.model import Inputs, LogEntry, QModel, Target
-from halfbyte.place import Overrides, place
+from halfbyte.overrides import Overrides
+from halfbyte.place import place
 from halfbyte.reconstruct import reconstruct
 from halfbyte.run import run, simulate
 from halfbyte.transforms.absorb_bias import absorb_bias
