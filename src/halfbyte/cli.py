@@ -9,6 +9,7 @@ import click
 
 from halfbyte import __version__
 from halfbyte import cli_daily as daily
+from halfbyte.cli_config import Configured
 from halfbyte.console import (
     Progress,
     context_settings,
@@ -63,7 +64,7 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
         )
 
 
-@main.command()
+@main.command(cls=Configured)
 @click.argument("network")
 @click.option(
     "--calibration", metavar="DATA", help="Unlabelled data: a folder of pictures, .npy, .npz or file.py:callable."
@@ -398,6 +399,8 @@ def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quie
             if not Path(thing).is_file():
                 raise UsageError(f"there is no file '{thing}'")
             found = inspect_onnx(Path(thing))
+            if not as_json:
+                found |= found.pop("metadata")  # a line for each
         elif Path(thing).is_dir():
             from halfbyte.job import open_output
 

@@ -29,7 +29,8 @@ from halfbyte.parity import Parity
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
-from halfbyte.quantize import default_recipe, quantize
+from halfbyte.provenance import Hashed, metadata, note_data, note_proof, note_weights
+from halfbyte.quantize import default_recipe, load_samples, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.store import load, save
 from halfbyte.targets import find
@@ -86,7 +87,9 @@ class Settings:
     def without_folders(self) -> dict[str, Any]:
         """What a file for others may say: names without the folders they lie in."""
         named = {
-            k: Path(v).name for k, v in self.to_dict().items() if k in ("network", "calibration", "checkpoint") and v
+            k: Path(v).name
+            for k, v in self.to_dict().items()
+            if k in ("network", "calibration", "checkpoint", "recipe") and v
         }
         return {**self.to_dict(), **named}
 
@@ -198,12 +201,16 @@ def _quantized(
             _clear(out)
         if recipe.has("reconstruct"):
             _begin(out, settings)
-        made = stages.run("capture", lambda: network_of(settings))
+        made = stages.run("capture", lambda: note_weights(network_of(settings)))
+        data = None
+        if settings.calibration is not None:
+            options = {"samples": settings.samples, "batch": settings.batch, "seed": settings.seed}
+            data = Hashed(load_samples(made, settings.calibration, preprocess=preprocess, **options))
         m = stages.run(
             "quantize",
             lambda: quantize(
                 made,
-                settings.calibration,
+                None if data is None else data.samples(),
                 target=target,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
@@ -220,6 +227,7 @@ def _quantized(
                 progress=progress,
             ),
         )
+        m = note_data(m, data)
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
@@ -268,14 +276,12 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
 
 
 def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: str) -> dict[str, Any]:
-    metadata = {"configuration": json.dumps(settings.without_folders()), "target": m.target.name if m.target else ""}
-    if settings.preprocess is not None:
-        metadata["preprocess"] = json.dumps(settings.preprocess)
+    told = metadata(m, settings.without_folders(), chosen_recipe(settings).to_dict())
     parity: Parity | None = None
     failure: ParityError | None = None
     try:
         parity = stages.run(
-            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=metadata, container=settings.container)
+            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=told, container=settings.container)
         )
     except ParityError as error:
         failure = error
@@ -283,6 +289,7 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
         (out / UNPROVEN).unlink(missing_ok=True)
         raise
     if parity is not None:
+        note_proof(out / MODEL, parity)
         stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows

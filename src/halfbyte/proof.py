@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte import engine
-from halfbyte.errors import StoreError
+from halfbyte.errors import ParityError, StoreError
 from halfbyte.export_onnx import example_inputs
 from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
@@ -98,7 +98,10 @@ def _expected(low: QModel, records: list[dict[str, Any]], runner: Engine, batch:
     for r in records:
         if not r["output"]:
             got = codes[r["name"]]
-            found.append(simulated[r["name"]].numpy().astype(got.dtype) if r["name"] in simulated else got)
+            expected = simulated[r["name"]].numpy().astype(got.dtype) if r["name"] in simulated else got
+            if not np.array_equal(expected, got):
+                raise ParityError(f"value '{r['name']}' differs where the proof is stored", value=r["name"])
+            found.append(expected)
             continue
         got = outputs[position]
         found.append(results[position].numpy().astype(got.dtype) if r["exact"] else got)

@@ -106,12 +106,12 @@ def exposed(model: bytes, values: list[str]) -> bytes:
     Serialized messages of protocol buffers merge when they are put one behind the other: repeated fields are appended. So
     graph (field 7 of the model) outputs (field 12) with a name (field 1) each can be added without a parser.
     """
-    ports = b"".join(_field(12, _field(1, (v + _SUFFIX).encode())) for v in values)
-    return model + _field(7, ports)
+    ports = b"".join(field(12, field(1, (v + _SUFFIX).encode())) for v in values)
+    return model + field(7, ports)
 
 
-def _field(number: int, content: bytes) -> bytes:
-    """One length-delimited field."""
+def field(number: int, content: bytes) -> bytes:
+    """One length-delimited field of a message of protocol buffers."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
