@@ -20,8 +20,8 @@ LAYERS: dict[int, str] = {
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "prove lower engine integer parity provenance export_onnx proof evaluate scoring benchmark latency report recipe quantize "
-    "inspection summary job plan check compare",
+    8: "prove lower sizes engine integer parity provenance export_onnx proof evaluate scoring benchmark latency capabilities report "
+    "recipe quantize inspection summary job plan check compare",
     9: "console doctor cli_config cli_daily cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,14 @@ def quantize(
         show(as_json, quiet, planned.to_dict(), str(planned))
         return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
+        described = quantize_job(
+            settings,
+            command=_command(),
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            notice=partial(say, quiet),
+        )
     show(as_json, quiet, described, _verdict(described, output))
 
 
@@ -245,6 +253,10 @@ def _announce(settings: Any, quiet: bool) -> None:
     from halfbyte.targets import find
 
     target = find(settings.target, saturates=engine.saturates())
+    if min(parse_bits(settings.bits)) < 8:
+        from halfbyte.capabilities import consequence
+
+        say(quiet, consequence(target, settings.widths, use_threads(None)))
     note = ""
     if target.narrow_products:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"

@@ -26,14 +26,17 @@ from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parity import Parity
+from halfbyte.place import place
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
 from halfbyte.provenance import Hashed, metadata, note_data, note_proof, note_weights
 from halfbyte.quantize import default_recipe, load_samples, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
+from halfbyte.sizes import sizes
 from halfbyte.store import load, save
 from halfbyte.targets import find
+from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")
 CHECKPOINT, SUMMARY, REPORT = "checkpoint", "summary.json", "report.html"
@@ -169,9 +172,18 @@ def _clear(folder: Path) -> None:
 
 
 def quantize_job(
-    settings: Settings, *, command: str, resume: bool, overwrite: bool, progress: Progress = silent
+    settings: Settings,
+    *,
+    command: str,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress = silent,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
+    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes.
+
+    notice: is told what is known before the long part of the work begins.
+    """
     out = Path(settings.output)
     check_output(out, resume=resume, overwrite=overwrite)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
@@ -182,7 +194,9 @@ def quantize_job(
     m = _resumed(out, settings) if resume else None
     new = not out.exists()
     try:
-        m, stages = _quantized(out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress)
+        m, stages = _quantized(
+            out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress, notice
+        )
     except BaseException:
         if new and not (out / CHECKPOINT / LAYERS).exists() and not (out / CHECKPOINT / "graph.json").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run
@@ -193,6 +207,7 @@ def quantize_job(
 def _quantized(
     out: Path, settings: Settings, m: QModel | None, stages: Stages, target: Target, recipe: Recipe,
     preprocess: Preprocess | None, ranges: Mapping[str, tuple[float, float]], overwrite: bool, progress: Progress,
+    notice: Callable[[str], None],
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
     weight_bits, activation_bits = parse_bits(settings.bits)
@@ -202,6 +217,8 @@ def _quantized(
         if recipe.has("reconstruct"):
             _begin(out, settings)
         made = stages.run("capture", lambda: note_weights(network_of(settings)))
+        if min(weight_bits, activation_bits) < 8:
+            notice(_size_notice(settings, made, target))
         data = None
         if settings.calibration is not None:
             options = {"samples": settings.samples, "batch": settings.batch, "seed": settings.seed}
@@ -232,6 +249,15 @@ def _quantized(
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return m, stages
+
+
+def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
+    placed = place(
+        fold_batchnorm(made), target, weight_bits=settings.widths.weights, activation_bits=settings.widths.activations,
+        uniform=settings.uniform, overrides=settings.overrides,
+    )  # fmt: skip
+    found = sizes(placed, settings.container)
+    return f"weights {found.logical_bytes / 1e6:.2f} MB logical, about {found.file_bytes / 1e6:.2f} MB in the file"
 
 
 def chosen_recipe(settings: Settings) -> Recipe:

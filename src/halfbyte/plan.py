@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -10,20 +10,17 @@ import torch
 from torch import fx
 
 from halfbyte import engine
-from halfbyte.affine import Grid
 from halfbyte.export_onnx import example_inputs
-from halfbyte.formats import Format
-from halfbyte.graph import bias_of, layers, macs, tensors, weight_of
+from halfbyte.graph import layers, macs, tensors, weight_of
 from halfbyte.job import Settings, chosen_recipe, network_of
-from halfbyte.lower import lower
 from halfbyte.model import LogEntry, QModel, value_name
-from halfbyte.ops import DEQUANTIZE, base_name, is_tensor, kind
+from halfbyte.ops import base_name, is_tensor, kind
 from halfbyte.place import place
 from halfbyte.run import run
+from halfbyte.sizes import sizes
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
-_NODE_BYTES = 300  # of the file for an operation with its names and those of what it reads, measured on real networks
 _PROOF_SAMPLES = 16
 # Measured on ResNet20, MobileNetV2 and ResNet50: float passes for each sample, more of them where a recipe solves layers, and
 # for each sample of the proof; seconds of export for an operation; bytes held for a parameter, and for a running value.
@@ -126,14 +123,12 @@ def plan(settings: Settings) -> Plan:
         uniform=settings.uniform,
         overrides=settings.overrides,
     )
-    low = lower(replace(placed, grids=_any_grids(placed)))
+    size = sizes(placed, settings.container)
     rows = tuple(_layer(placed, n) for n in layers(placed.graph))
-    stored = _stored_bytes(low, packed=settings.container == "packed")
     pass_seconds, live = _cost_of_a_pass(base)
     samples = settings.samples if settings.calibration is not None else 4
     solving = recipe.has("reconstruct")
     passes = samples * (_PASSES + (_SOLVING if solving else 0)) + _PROOF_SAMPLES * _PROOF_PASSES
-    nodes = sum(1 for n in low.graph.nodes if n.op == "call_function")
     weights = sum(t.numel() * t.element_size() for t in base.params.values())
     return Plan(
         target=placed.target.name if placed.target else "",
@@ -144,55 +139,15 @@ def plan(settings: Settings) -> Plan:
             f"{e.value}: {e.message}" if e.value else e.message for e in placed.log if e.stage == "override"
         ),
         float_bytes=sum(t.numel() * t.element_size() for t in captured.params.values()),
-        logical_bytes=_logical_bits(placed) // 8,
-        file_bytes=stored + _NODE_BYTES * nodes,
+        logical_bytes=size.logical_bytes,
+        file_bytes=size.file_bytes,
         memory_bytes=int(
             psutil.Process().memory_info().rss
             + _PARAMETER_COPIES * weights
             + _COPIES * live * min(settings.batch, samples)
         ),
-        seconds=captured_in + pass_seconds * passes + _EXPORT_SECONDS * nodes,
+        seconds=captured_in + pass_seconds * passes + _EXPORT_SECONDS * size.operations,
     )
-
-
-def _any_grids(m: QModel) -> dict[str, Grid]:
-    """Grids of the right shapes that mean nothing: sizes do not depend on scales."""
-    parameters = {value_name(n): m.params[str(n.target)] for n in tensors(m.graph) if n.op == "get_attr"}
-    return {
-        name: _any_grid(form, parameters.get(name))
-        for name, form in m.plan.items()
-        if form is not None and name not in m.ties
-    }
-
-
-def _any_grid(form: Format, parameter: torch.Tensor | None) -> Grid:
-    shape = () if form.axis is None or parameter is None else (parameter.shape[form.axis],)
-    lo, hi = (torch.tensor(x, dtype=torch.int32) for x in (form.lo, form.hi))
-    return Grid(torch.ones(shape), torch.zeros(shape, dtype=torch.int32), lo, hi, axis=form.axis)
-
-
-def _stored_bytes(low: QModel, *, packed: bool) -> int:
-    """Bytes of the tensors of the exported file: weights of 4 and fewer bits in pairs where they are packed."""
-    narrow = {
-        str(n.args[0].target)
-        for n in low.graph.nodes
-        if n.target is DEQUANTIZE and n.args[5] <= 4 and n.args[0].op == "get_attr"
-    }
-    return sum(
-        (t.numel() + 1) // 2 if packed and name in narrow and t.dtype == torch.int8 else t.numel() * t.element_size()
-        for name, t in low.params.items()
-    )
-
-
-def _logical_bits(m: QModel) -> int:
-    biases = {bias_of(n) for n in layers(m.graph)}
-    bits = 0
-    for node in m.graph.nodes:
-        if node.op == "get_attr" and "value" in node.meta:
-            form, t = m.plan.get(value_name(node)), m.params[str(node.target)]
-            width = 32 if form is None or node in biases else form.bits
-            bits += t.numel() * width
-    return bits
 
 
 def _layer(m: QModel, node: fx.Node) -> LayerPlan:
