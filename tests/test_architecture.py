@@ -15,14 +15,15 @@ LAYERS: dict[int, str] = {
     1: "ops model graph chains run moments store",
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
-    3: "targets place",
+    3: "targets overrides place",
     4: "stats grids walk correct calibrate losses",
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct tune_statistics refinement "
     "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "lower engine integer parity export_onnx evaluate benchmark latency mixed report recipe quantize "
-    "tradeoff inspection summary diagnosis probes search matching repairs causes diagnose job",
-    9: "console cli_tradeoff cli_diagnose cli __init__ __main__",
+    8: "prove lower sizes engine integer parity provenance export_onnx proof evaluate scoring benchmark latency capabilities mixed "
+    "report recipe quantize tradeoff inspection summary diagnosis probes search matching repairs causes diagnose job plan check "
+    "compare",
+    9: "console doctor cli_config cli_daily cli_tradeoff cli_diagnose cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}
 LATE = tuple(LAYERS[9].split())  # the shell waits with torch until it is needed

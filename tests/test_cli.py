@@ -51,7 +51,7 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_pictures(done: Path) -> None:
-    assert set(files(done / "out")) == {"model.onnx", "checkpoint", "summary.json", "report.html"}
+    assert set(files(done / "out")) == {"model.onnx", "proof.npz", "checkpoint", "summary.json", "report.html"}
     described = json.loads((done / "out" / "summary.json").read_text())
     assert described["schema"] == 1
     assert described["preprocess"]["size"] == [8, 8] or described["preprocess"]["size"] == 8

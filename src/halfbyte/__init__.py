@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from halfbyte.budgets import Budget
     from halfbyte.calibrate import calibrate
     from halfbyte.capture import capture
+    from halfbyte.check import check
+    from halfbyte.compare import compare
     from halfbyte.correct import correct_bias
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
     from halfbyte.diagnose import diagnose
     from halfbyte.diagnosis import Diagnosis
+    from halfbyte.doctor import doctor
     from halfbyte.dual import Dual, dual
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
+    from halfbyte.prove import prove
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.run import run, simulate
@@ -77,10 +81,13 @@ _WHERE = {
     "fake_quantize": "affine",
     "quantize_tensor": "affine:quantize",
     "calibrate": "calibrate",
+    "check": "check",
+    "compare": "compare",
     "capture": "capture",
     "correct_bias": "correct",
     "absorb_bias": "transforms.absorb_bias",
     "propagate": "moments",
+    "prove": "prove",
     "walk": "walk",
     "Blocks": "blocks",
     "refine": "blocks",
@@ -121,6 +128,7 @@ _WHERE = {
     "fold_batchnorm": "transforms.fold_batchnorm",
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
+    "doctor": "doctor",
     "dual": "dual",
     "tune": "tune",
     "tune_statistics": "tune_statistics",
@@ -167,10 +175,13 @@ __all__ = [
     "bits",
     "calibrate",
     "capture",
+    "check",
+    "compare",
     "correct_bias",
     "costs",
     "dequantize",
     "diagnose",
+    "doctor",
     "dual",
     "equalize",
     "export_onnx",
@@ -184,6 +195,7 @@ __all__ = [
     "place",
     "predict",
     "propagate",
+    "prove",
     "quantize",
     "quantize_tensor",
     "reconstruct",

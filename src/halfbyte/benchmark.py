@@ -1,6 +1,7 @@
 """How fast: the quantized file against the float network in the same engine and process, runs interleaved."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ class Benchmark:
 def float_file(m: QModel, path: Path) -> None:
     """Write the float network as ONNX, in the same way as the quantized one."""
     ir.save(to_onnx(m.as_float()), str(path))
+
+
+def against_float(
+    m: QModel, quantized: Path, *, batch: int = 1, rounds: int = 50, threads: int, progress: Progress = silent
+) -> Benchmark:
+    """Time an exported file against the float network of the model that it was made from."""
+    with tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch:
+        reference = Path(scratch) / "float.onnx"
+        progress("export float", 0, None)
+        float_file(m, reference)
+        return benchmark(m, quantized, reference, batch=batch, rounds=rounds, threads=threads, progress=progress)
 
 
 def benchmark(

@@ -2,12 +2,15 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from halfbyte import __version__
+from halfbyte import cli_daily as daily
+from halfbyte.cli_config import Configured
 from halfbyte.cli_diagnose import check_limit, check_search, diagnose
 from halfbyte.cli_tradeoff import tradeoff
 from halfbyte.console import (
@@ -64,7 +67,7 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
         )
 
 
-@main.command()
+@main.command(cls=Configured)
 @click.argument("network")
 @click.option(
     "--calibration", metavar="DATA", help="Unlabelled data: a folder of pictures, .npy, .npz or file.py:callable."
@@ -120,7 +123,16 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 @click.option("--validation", metavar="DATA", help="Labelled data for --max-drop [default: agreement with float].")
 @click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
 @click.option("--range", "ranges", multiple=True, metavar="VALUE=LOW..HIGH", help="A range by hand; may be repeated.")
-@click.option("--keep-float", multiple=True, metavar="GLOB", help="Layers to leave in float; may be repeated.")
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="GLOB",
+    help="Layers to leave in float, by name, module or type:conv; repeatable.",
+)
+@click.option(
+    "--set", "sets", multiple=True, metavar="GLOB=WxAy", help="Other widths for some layers, such as 'stem.*=W8A16'."
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan, sizes and what it will take; run and write nothing.")
 @click.option(
     "--container",
     type=click.Choice(["packed", "int8"]),
@@ -143,6 +155,8 @@ def quantize(
     weight_bits: str | None,
     activation_bits: str | None,
     keep_float: tuple[str, ...],
+    sets: tuple[str, ...],
+    dry_run: bool,
     ranges: tuple[str, ...],
     threads: int | None,
     resume: bool,
@@ -169,7 +183,8 @@ def quantize(
     options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
-    check_output(Path(output), resume=resume, overwrite=overwrite)
+    if not dry_run:
+        check_output(Path(output), resume=resume, overwrite=overwrite)
     use_threads(threads)
     settings = Settings(
         network=network,
@@ -177,18 +192,34 @@ def quantize(
         output=output,
         bits=bits.upper(),
         keep_float=keep_float,
+        sets=sets,
         ranges=ranges,
         preprocess=None if preprocess is None else preprocess.to_dict(),
         **options,
     )
     chosen_recipe(settings)
+    _ = settings.overrides  # refuses what makes no sense before the work starts
     if calibration is None and not data_free:
         from halfbyte.quantize import NO_DATA
 
         say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
+    if dry_run:
+        from halfbyte.plan import plan
+
+        with friendly_warnings(quiet):
+            planned = plan(settings)
+        show(as_json, quiet, planned.to_dict(), str(planned))
+        return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        described = quantize_job(settings, command=_command(), resume=resume, overwrite=overwrite, progress=progress)
+        described = quantize_job(
+            settings,
+            command=_command(),
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+            notice=partial(say, quiet),
+        )
     show(as_json, quiet, described, _verdict(described, output))
     check_limit(described, quiet)
 
@@ -235,12 +266,16 @@ def _announce(settings: Any, quiet: bool) -> None:
     from halfbyte.targets import find
 
     target = find(settings.target, saturates=engine.saturates())
+    weights, activations = parse_widths(settings.bits)
+    if min(*weights, *activations) < 8:
+        from halfbyte.capabilities import consequence
+
+        say(quiet, consequence(target, settings.narrowest, use_threads(None)))
     note = ""
     if target.narrow_products:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
     data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
     say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
-    weights, activations = parse_widths(settings.bits)
     if settings.budget is not None:
         say(quiet, f"each layer gets one of these widths, so that it loses least under {settings.budget}")
     elif min(*weights, *activations) < 8:
@@ -265,6 +300,7 @@ def _verdict(described: dict[str, Any], output: str) -> str:
     )
     seconds = sum(s["seconds"] for s in described["stages"])
     lines = [
+        *(f"override: {e['value'] or 'none'}: {e['message']}" for e in described["log"] if e["stage"] == "override"),
         f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
         f"{integer} of {len(layers)} layers in integers; {len(described['float_left'])} operations in float; {seconds:.0f} s",
         f"{output}/report.html has the details",
@@ -350,25 +386,14 @@ def _scores(result: Any) -> str:
 @output_options
 def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
-    import tempfile
-
-    from halfbyte.benchmark import benchmark as measure
-    from halfbyte.benchmark import float_file
+    from halfbyte.benchmark import against_float
     from halfbyte.job import open_output, write_summary
 
     m, file, _, described = open_output(output)
     if file is None:
         raise UsageError(f"'{output}' has no proven model.onnx to time")
-    with (
-        tempfile.TemporaryDirectory(prefix="halfbyte-", ignore_cleanup_errors=True) as scratch,
-        Progress(quiet or as_json) as progress,
-    ):
-        reference = Path(scratch) / "float.onnx"
-        progress("export float", 0, None)
-        float_file(m, reference)
-        result = measure(
-            m, file, reference, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress
-        )
+    with Progress(quiet or as_json) as progress:
+        result = against_float(m, file, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress)
     described["benchmark"] = vars(result)
     write_summary(output, described)
     show(as_json, quiet, vars(result), str(result))
@@ -402,6 +427,8 @@ def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quie
             if not Path(thing).is_file():
                 raise UsageError(f"there is no file '{thing}'")
             found = inspect_onnx(Path(thing))
+            if not as_json:
+                found |= found.pop("metadata")  # a line for each
         elif Path(thing).is_dir():
             from halfbyte.job import open_output
 
@@ -430,6 +457,8 @@ def completion(shell: str) -> None:
 
 main.add_command(tradeoff)
 main.add_command(diagnose)
+for _command_of_daily_use in daily.COMMANDS:
+    main.add_command(_command_of_daily_use)
 
 if __name__ == "__main__":
     main()

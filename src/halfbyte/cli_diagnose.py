@@ -71,7 +71,8 @@ def diagnose(
 ) -> None:
     """Run the debugging chart on OUT: one named cause of what quantization has lost, and one command to try next."""
     from halfbyte.diagnose import diagnose as run
-    from halfbyte.job import MODEL, UNPROVEN, open_output, write_summary
+    from halfbyte.job import UNPROVEN, open_output, write_summary
+    from halfbyte.prove import MODEL
 
     m, file, kept, described = open_output(output)
     preprocess = preprocess_from(options, kept)

@@ -10,6 +10,7 @@ The tree, with the exit status of the command line::
     |   `-- PlacementError  2   nothing to quantize, or a plan the target cannot run
     |-- StoreError          2   a checkpoint or output folder that cannot be read or written
     |-- VerifyError         1   an invariant between two stages is broken (a defect of Halfbyte)
+    |-- LimitError          3   a result is proven, but misses a limit that was asked for
     `-- ParityError         4   the exported file does not compute what the simulation computes
 
 A message names what was wrong, where (value, layer, file) and what to do about it, in one sentence or two.
@@ -52,6 +53,12 @@ class StoreError(HalfbyteError):
 
 class VerifyError(HalfbyteError):
     """An invariant between two stages does not hold; a defect of Halfbyte or of a method built on it."""
+
+
+class LimitError(HalfbyteError):
+    """A sound result that misses a limit on accuracy, size or speed."""
+
+    exit_code = 3
 
 
 class ParityError(HalfbyteError):

@@ -18,22 +18,29 @@ import torch
 from halfbyte import engine, report, summary
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
-from halfbyte.data import labelled
+from halfbyte.data import Samples, labelled
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
-from halfbyte.formats import parse_widths
+from halfbyte.formats import Bits, parse_widths
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
+from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parity import Parity
+from halfbyte.place import place
 from halfbyte.preprocess import Preprocess
-from halfbyte.quantize import choice_of, default_recipe, quantize
+from halfbyte.proof import write_proof
+from halfbyte.prove import MODEL, PROOF
+from halfbyte.provenance import Hashed, metadata, note_data, note_proof, note_weights
+from halfbyte.quantize import choice_of, default_recipe, load_samples, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.search import search
+from halfbyte.sizes import sizes
 from halfbyte.store import load, save
 from halfbyte.targets import find
+from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")
-MODEL, CHECKPOINT, SUMMARY, REPORT = "model.onnx", "checkpoint", "summary.json", "report.html"
+CHECKPOINT, SUMMARY, REPORT = "checkpoint", "summary.json", "report.html"
 UNPROVEN = "model.unproven.onnx"
 STATE, LAYERS = "state.json", "layers"  # in the checkpoint: what was asked for, and layers solved so far
 Result = TypeVar("Result")
@@ -62,6 +69,7 @@ class Settings:
     time_limit: float | None = None  # seconds
     uniform: bool = False
     keep_float: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()  # exceptions, GLOB=W8A16
     ranges: tuple[str, ...] = ()
     container: Container = "packed"
     preprocess: Mapping[str, Any] | None = None
@@ -73,10 +81,23 @@ class Settings:
         """JSON, without the output folder: a moved folder can still be resumed."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "output"}
 
+    @property
+    def narrowest(self) -> Bits:
+        """The narrowest widths that weights and activations may get."""
+        weights, activations = parse_widths(self.bits)
+        return Bits(weights[0], activations[0])
+
+    @property
+    def overrides(self) -> Overrides:
+        """What is kept in float or has other widths. Raises :class:`UsageError` for what makes no sense."""
+        return parse_overrides(self.keep_float, self.sets)
+
     def without_folders(self) -> dict[str, Any]:
         """What a file for others may say: names without the folders they lie in."""
         named = {
-            k: Path(v).name for k, v in self.to_dict().items() if k in ("network", "calibration", "checkpoint") and v
+            k: Path(v).name
+            for k, v in self.to_dict().items()
+            if k in ("network", "calibration", "checkpoint", "recipe") and v
         }
         return {**self.to_dict(), **named}
 
@@ -151,14 +172,23 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(folder: Path) -> None:
     """Remove an earlier result, and nothing that somebody else has put beside it."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    for name in (MODEL, UNPROVEN, SUMMARY, REPORT):
+    for name in (MODEL, PROOF, UNPROVEN, SUMMARY, REPORT):
         (folder / name).unlink(missing_ok=True)
 
 
 def quantize_job(
-    settings: Settings, *, command: str, resume: bool, overwrite: bool, progress: Progress = silent
+    settings: Settings,
+    *,
+    command: str,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress = silent,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes."""
+    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes.
+
+    notice: is told what is known before the long part of the work begins.
+    """
     out = Path(settings.output)
     check_output(out, resume=resume, overwrite=overwrite)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
@@ -169,7 +199,9 @@ def quantize_job(
     m = _resumed(out, settings) if resume else None
     new = not out.exists()
     try:
-        m, stages = _quantized(out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress)
+        m, stages = _quantized(
+            out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress, notice
+        )
     except BaseException:
         if new and not (out / CHECKPOINT / LAYERS).exists() and not (out / CHECKPOINT / "graph.json").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run
@@ -180,6 +212,7 @@ def quantize_job(
 def _quantized(
     out: Path, settings: Settings, m: QModel | None, stages: Stages, target: Target, recipe: Recipe,
     preprocess: Preprocess | None, ranges: Mapping[str, tuple[float, float]], overwrite: bool, progress: Progress,
+    notice: Callable[[str], None],
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
     weight_bits, activation_bits = parse_widths(settings.bits)
@@ -188,19 +221,24 @@ def _quantized(
             _clear(out)
         if recipe.has("reconstruct"):
             _begin(out, settings)
-        made = stages.run(
-            "capture", lambda: capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
-        )
+        made = stages.run("capture", lambda: note_weights(network_of(settings)))
+        if min(*weight_bits, *activation_bits) < 8 and settings.budget is None:
+            notice(_size_notice(settings, made, target))
+        data = None
+        if settings.calibration is not None and settings.max_drop is None:  # the search reads more, and holds some out
+            options = {"samples": settings.samples, "batch": settings.batch, "seed": settings.seed}
+            data = Hashed(load_samples(made, settings.calibration, preprocess=preprocess, **options))
         m = stages.run(
             "quantize",
             lambda: _chosen(
                 made,
                 settings,
+                None if data is None else data.samples(),
                 target=target,
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 recipe=recipe,
-                overrides=dict.fromkeys(settings.keep_float),
+                overrides=settings.overrides,
                 ranges=ranges,
                 preprocess=preprocess,
                 samples=settings.samples,
@@ -213,16 +251,17 @@ def _quantized(
                 progress=progress,
             ),
         )
+        m = note_data(m, data)
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return m, stages
 
 
-def _chosen(made: QModel, settings: Settings, **options: Any) -> QModel:
+def _chosen(made: QModel, settings: Settings, data: Samples | None, **options: Any) -> QModel:
     """Quantized by the recipe, or by the cheapest one that holds the limit."""
     if settings.max_drop is None or settings.calibration is None:
-        return quantize(made, settings.calibration, **options)
+        return quantize(made, data, **options)
     options = {k: v for k, v in options.items() if k not in ("recipe", "kept", "budget")}
     (weight_bits,), (activation_bits,) = options.pop("weight_bits"), options.pop("activation_bits")
     validation = None
@@ -248,11 +287,19 @@ def _chosen(made: QModel, settings: Settings, **options: Any) -> QModel:
     ).model
 
 
+def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
+    placed = place(
+        fold_batchnorm(made), target, weight_bits=settings.narrowest.weights, activation_bits=settings.narrowest.activations,
+        uniform=settings.uniform, overrides=settings.overrides,
+    )  # fmt: skip
+    found = sizes(placed, settings.container)
+    return f"weights {found.logical_bytes / 1e6:.2f} MB logical, about {found.file_bytes / 1e6:.2f} MB in the file"
+
+
 def chosen_recipe(settings: Settings) -> Recipe:
     """The recipe that the settings name, with their range rules in it."""
-    weight_bits, activation_bits = parse_widths(settings.bits)
-    choice_of(weight_bits, activation_bits, settings.budget)
-    narrowest = min(*weight_bits, *activation_bits)
+    choice_of(*parse_widths(settings.bits), settings.budget)
+    narrowest = min(settings.narrowest.weights, settings.narrowest.activations)
     recipe = load_recipe(settings.recipe or default_recipe(settings.calibration is not None, narrowest))
     rules = {
         "activations": settings.activation_range,
@@ -273,6 +320,12 @@ def chosen_recipe(settings: Settings) -> Recipe:
     return recipe
 
 
+def network_of(settings: Settings) -> QModel:
+    """The captured network that the settings name."""
+    preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
+    return capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
+
+
 def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
     """Open and capture a network; its example inputs come with it, or follow from the pre-processing."""
     net, example = open_network(network, checkpoint=checkpoint, trust=trust)
@@ -286,20 +339,21 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
 
 
 def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: str) -> dict[str, Any]:
-    metadata = {"configuration": json.dumps(settings.without_folders()), "target": m.target.name if m.target else ""}
-    if settings.preprocess is not None:
-        metadata["preprocess"] = json.dumps(settings.preprocess)
+    told = metadata(m, settings.without_folders(), chosen_recipe(settings).to_dict())
     parity: Parity | None = None
     failure: ParityError | None = None
     try:
         parity = stages.run(
-            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=metadata, container=settings.container)
+            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=told, container=settings.container)
         )
     except ParityError as error:
         failure = error
     except BaseException:  # only a file that was found to differ stays for inspection
         (out / UNPROVEN).unlink(missing_ok=True)
         raise
+    if parity is not None:
+        note_proof(out / MODEL, parity)
+        stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows
     write_summary(out, described)

@@ -7,8 +7,10 @@ import os
 import platform
 import statistics
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -26,7 +28,8 @@ from halfbyte.ops import DEQUANTIZE
 from halfbyte.place import place
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where measurements of this user's machine are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte" / "latency"
 
 
@@ -42,7 +45,7 @@ class EngineLatency:
     threads: int = 1
     rounds: int = 9
     batch: int = 1
-    cache: Path | None = field(default_factory=_cache)
+    cache: Path | None = field(default_factory=cache_folder)
     _known: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, m: QModel, layer: fx.Node, widths: Bits | None) -> float:
@@ -54,13 +57,13 @@ class EngineLatency:
             seconds = None if path is None else _read(path)
             self._known[key] = self._measure(alone(m, layer, self.batch), held) if seconds is None else seconds
             if path is not None and seconds is None:
-                _write(path, self._known[key])
+                write_json(path, {"seconds": self._known[key]})
         return self._known[key]
 
     def _key(self, m: QModel, layer: fx.Node, widths: Bits | None) -> str:
         shapes = [n.meta["shape"] for n in layer.all_input_nodes]
         rest = [a for a in layer.args if not isinstance(a, fx.Node)]
-        machine = (ort.__version__, engine.instruction_set(), _processor(), self.threads, self.batch)
+        machine = (ort.__version__, engine.instruction_set(), processor(), self.threads, self.batch)
         target = None if m.target is None or widths is None else (m.target.per_channel, m.target.narrow_products)
         told = repr((machine, str(layer.target), shapes, rest, str(widths), target))
         return hashlib.sha256(told.encode()).hexdigest()[:24]
@@ -82,23 +85,33 @@ class EngineLatency:
 
 
 def _read(path: Path) -> float | None:
-    """What was measured before; None where nothing was, or the file is damaged."""
+    """Seconds measured before; None where nothing was, or the file is damaged."""
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return float((read_json(path) or {})["seconds"])
+    except (LookupError, TypeError, ValueError):
         return None
 
 
-def _write(path: Path, seconds: float) -> None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What was measured before; None where nothing was, or the file is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_json(path: Path, measured: Mapping[str, Any]) -> None:
     """Keep a measurement; a cache that cannot be written is no reason to stop."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+        part.write_text(json.dumps(measured), encoding="utf-8")
         os.replace(part, path)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

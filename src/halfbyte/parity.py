@@ -174,6 +174,11 @@ def _expose(data: bytes) -> tuple[bytes, list[str]]:
     return model.SerializeToString(), [n.removesuffix(suffix) for n in found]
 
 
+def exposed_values(data: bytes) -> list[str]:
+    """Names of the values whose codes a file holds, in the order of its nodes."""
+    return _expose(data)[1]
+
+
 def _same_bits(count: _Count, name: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
     """Looking at values must not change them: the file with further outputs computes what the file itself computes."""
     if not np.array_equal(a, b):
@@ -217,14 +222,14 @@ def _compare_outputs(count: _Count, low: QModel, expected: tuple[Tensor, ...], g
             continue
         distance = (x.double() - y.double()).abs()
         count.output = max(count.output, float(distance.max())) if x.numel() else count.output
-        exact = _from_integers(node)
+        exact = from_integers(node)
         tolerance = 0.0 if exact else _FLOAT_TOLERANCE * float(y.double().abs().max().clamp(min=1e-6))
         wrong = distance > tolerance
         if bool(wrong.any()):
             count.note(name, x, y, wrong)
 
 
-def _from_integers(node: fx.Node) -> bool:
+def from_integers(node: fx.Node) -> bool:
     """The value is dequantized codes, moved at most, or what an integer kernel wrote as floats."""
     if node.target is DEQUANTIZE:
         return True

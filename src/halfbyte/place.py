@@ -6,8 +6,6 @@ anyway. A float operation stops the demand, and a value that integer kernels and
 the kernels alone. Source of the rules: arXiv 2106.08295, section 2.3, and the engines' kernels (see ``targets``).
 """
 
-import difflib
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,9 +28,9 @@ from halfbyte.graph import (
 )
 from halfbyte.model import LogEntry, QModel, Target, value_name
 from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, kind
+from halfbyte.overrides import Overrides, apply_overrides, check_overrides, kept_in_float
 from halfbyte.targets import activation_format, weight_format
 
-Overrides = Mapping[str, Format | None]
 COMPUTE = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.MATMUL)
 FOLLOWING = (Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.AVERAGE)
 _SPARED_BITS = 8  # of the first and the last layer, and of sums
@@ -95,8 +93,10 @@ def place(
 
     weight_bits, activation_bits: widths. uniform: every layer gets them; else the first and the last layer keep 8 bits where
     fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. narrow: layers get
-    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. overrides: value
-    name or glob -> format (its width counts), or None to keep it in float. Values that stay in float are in the plan as None,
+    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. overrides: glob
+    over values and modules, or ``type:conv`` -> None to keep operations in float, :class:`Bits` for the weights of the layers
+    that it matches and for what they read (for the values, where it matches no layer), or a :class:`Format`, whose width counts
+    for the values that it matches. Values that stay in float are in the plan as None,
     with the reason in the log. Raises :class:`PlacementError` where nothing is left to quantize, or where the target cannot run
     the width.
     """
@@ -107,7 +107,7 @@ def place(
                 f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}"
             )
     m = replace(m, graph=editable(m.graph))
-    _check_overrides(m, overrides)
+    check_overrides(m, overrides, target)
     marks = _mark(m.graph, target, overrides)
     _insert_requantize(m.graph, marks)
     if narrow or (not uniform and activation_bits < _SPARED_BITS):
@@ -128,9 +128,7 @@ def place(
     ties = _ties(m.graph, plan)
     if not uniform:
         log += _spared(m.graph, plan, ties)
-    for pattern, form in overrides.items():
-        for name in fnmatch.filter(plan, pattern) if form is not None else ():
-            plan[name] = replace(plan[name], bits=form.bits) if plan[name] is not None else None  # type: ignore[union-attr,type-var]
+    log += apply_overrides(m.graph, plan, ties, overrides)
     log += _left_in_float(m.graph, plan, marks)
     if not any(plan.values()):
         raise PlacementError(
@@ -195,15 +193,6 @@ def _spared(graph: fx.Graph, plan: dict[str, Format | None], ties: Mapping[str, 
     return found
 
 
-def _check_overrides(m: QModel, overrides: Overrides) -> None:
-    names = [value_name(n) for n in tensors(m.graph)]
-    for pattern in overrides:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, 3)
-            hint = "did you mean " + " or ".join(near) + "?" if near else "'halfbyte inspect' lists the names"
-            raise PlacementError(f"the override '{pattern}' matches no value of the network: {hint}")
-
-
 def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
     """Decide operation by operation: backwards by demand, then forwards where the inputs are codes anyway."""
     marks = _Marks(target)
@@ -211,13 +200,13 @@ def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
     able = {
         n
         for n in graph.nodes
-        if kind(n) in (*FOLLOWING, *MOVING) and _able(n, target) and not _requested_float(n, overrides)
+        if kind(n) in (*FOLLOWING, *MOVING) and _able(n, target) and not kept_in_float(n, overrides)
     }
     for node in reversed(graph.nodes):
         readers = [u for u in node.users if kind(u) is not Kind.SHAPE]
         if kind(node) in COMPUTE:
             marks.reasons[node] = (
-                "kept in float on request" if _requested_float(node, overrides) else _why_float(node, target)
+                "kept in float on request" if kept_in_float(node, overrides) else _why_float(node, target)
             )
             if not marks.reasons[node]:
                 marks.integer.add(node)
@@ -252,14 +241,6 @@ def _able(node: fx.Node, target: Target) -> bool:
         return False
     involved = [n for n in (node, *tensor_inputs(node)) if "list" not in n.meta]
     return all(is_real(n) for n in involved)
-
-
-def _requested_float(node: fx.Node, overrides: Overrides) -> bool:
-    """None for an operation's value or its weight keeps the operation in float."""
-    if "value" not in node.meta:
-        return False
-    names = [value_name(node), *(value_name(n) for n in tensor_inputs(node) if n.op == "get_attr")]
-    return any(form is None and fnmatch.filter(names, pattern) for pattern, form in overrides.items())
 
 
 def _why_float(node: fx.Node, target: Target) -> str:

@@ -17,7 +17,7 @@ from halfbyte.errors import UsageError
 from halfbyte.grids import GridRule
 from halfbyte.mixed import Widths, widths
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.place import Overrides
+from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Context, Recipe, follow, load_recipe
 from halfbyte.run import run
@@ -62,7 +62,7 @@ def quantize(
     layer under ``budget`` (:class:`Budget`, or a text such as ``"size=14%"``). uniform: the first and the last layer get fewer than 8
     bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are chosen
     (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations, weights: range
-    rules in place of the recipe's. overrides: value or glob -> format, None for float. ranges: value -> (lowest, highest) by hand.
+    rules in place of the recipe's. overrides: see :func:`place`. ranges: value -> (lowest, highest) by hand.
     samples, batch, seed: how much data, in what portions, chosen how. Returns a model that ``predict`` simulates and ``export_onnx``
     writes.
     """

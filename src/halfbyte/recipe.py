@@ -26,7 +26,8 @@ from halfbyte.methods.adaquant import AdaQuant
 from halfbyte.methods.adaround import AdaRound
 from halfbyte.mixed import Choosing, Tradeoff, Widths, chosen, prepared, swept
 from halfbyte.model import Inputs, LogEntry, QModel, Target
-from halfbyte.place import Overrides, place
+from halfbyte.overrides import Overrides
+from halfbyte.place import place
 from halfbyte.reconstruct import reconstruct
 from halfbyte.refinement import LEARNED, Learned
 from halfbyte.transforms.absorb_bias import absorb_bias

@@ -18,10 +18,10 @@ from torch import Tensor
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source
 from halfbyte.errors import DataError, UsageError
-from halfbyte.formats import Format
+from halfbyte.formats import Bits, Format
 from halfbyte.graph import by_value, layers, output_values, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.place import Overrides
+from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
 from halfbyte.probes import Bench, Portion, bench, each_alone
 from halfbyte.quantize import load_samples, quantize
@@ -188,7 +188,7 @@ class _Hunt:
     bench: Bench
     limit: float
     options: Mapping[str, Any]
-    overrides: dict[str, Format | None]
+    overrides: dict[str, Format | Bits | None]
 
     def __post_init__(self) -> None:
         self.attempts: list[Attempt] = []
