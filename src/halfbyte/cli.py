@@ -209,6 +209,8 @@ def quantize(
 
         with friendly_warnings(quiet):
             planned = plan(settings)
+        if settings.budget is not None:
+            say(quiet, "the plan shows every layer at its narrowest widths; which it gets is chosen on data")
         show(as_json, quiet, planned.to_dict(), str(planned))
         return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
