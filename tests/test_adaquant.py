@@ -9,7 +9,7 @@ from torch import nn
 import halfbyte as hb
 from halfbyte.affine import Grid, fake_quantize, power_of_two, quantize
 from halfbyte.formats import Format
-from halfbyte.grids import MSE, MinMax, from_range
+from halfbyte.grids import MSE, from_range
 from halfbyte.local import Problem
 from halfbyte.methods.adaquant import AdaQuant, Calibrated, format_of
 from halfbyte.reconstruct import reconstruct
