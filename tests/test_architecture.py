@@ -20,7 +20,8 @@ LAYERS: dict[int, str] = {
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "lower engine integer parity export_onnx evaluate benchmark latency report recipe quantize inspection summary job",
+    8: "lower engine engine_openvino engines integer parity parity_openvino export_onnx "
+    "evaluate benchmark latency report recipe quantize inspection summary job",
     9: "console cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

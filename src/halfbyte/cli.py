@@ -24,7 +24,7 @@ from halfbyte.console import (
 )
 from halfbyte.errors import HalfbyteError, UsageError
 
-_TARGETS = ("onnxruntime", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
+_TARGETS = ("onnxruntime", "openvino", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
 _INTERRUPTED = 130
 
 
@@ -238,6 +238,10 @@ def _command() -> str:
     return shlex.join(["halfbyte", *sys.argv[1:]])
 
 
+def _extent(parity: dict[str, Any]) -> str:
+    return "equal" if not parity["integer_mismatches"] else f"within {parity['integer_max_steps']} step"
+
+
 def _verdict(described: dict[str, Any], output: str) -> str:
     parity, size = described["parity"], described["size"]
     layers = described["layers"]
@@ -245,7 +249,7 @@ def _verdict(described: dict[str, Any], output: str) -> str:
     proven = (
         "not proven"
         if parity is None
-        else f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
+        else f"proven {_extent(parity)} on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
     )
     seconds = sum(s["seconds"] for s in described["stages"])
     lines = [

@@ -48,10 +48,8 @@ def session(
         raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
 
 
-def infer(
-    s: ort.InferenceSession, inputs: Sequence[Any], outputs: Sequence[str] | None = None
-) -> list[np.ndarray[Any, Any]]:
-    """Run a session on one array or tensor for each input."""
+def infer(s: Any, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -> list[np.ndarray[Any, Any]]:
+    """Run a session (ONNX Runtime's, or one with its face) on one array or tensor for each input."""
     arrays = [t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t) for t in inputs]
     feed = {i.name: a for i, a in zip(s.get_inputs(), arrays, strict=True)}
     return list(s.run(list(outputs) if outputs is not None else None, feed))

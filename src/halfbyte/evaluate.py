@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import engine
+from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
@@ -90,7 +90,7 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
         "simulation": lambda *x: single(run_integer(low, x)),
     }
     if file is not None:
-        s = engine.session(file, threads=threads)
+        s = engines.opened(engines.engine_of(m), file, threads=threads)
         ways["file"] = lambda *x: single(tuple(torch.from_numpy(a) for a in engine.infer(s, x)))
     return ways
 

@@ -15,6 +15,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import fx
 
+from halfbyte import engines
 from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
 from halfbyte.graph import editable, output_node
@@ -31,6 +32,7 @@ from halfbyte.ops import (
     QUANTIZE,
 )
 from halfbyte.parity import Parity, codes_name, compare
+from halfbyte.parity_openvino import compare_openvino
 
 OPSET = 21
 _VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
@@ -45,15 +47,18 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     container: Container = "packed",
 ) -> Parity:
-    """Write a calibrated model as ONNX and prove that ONNX Runtime computes from it what the simulation computes.
+    """Write a calibrated model as ONNX and prove that its target's engine computes from it what the simulation computes.
 
     path: the file. samples: inputs for the proof (default: those kept by ``calibrate``). metadata: further entries under
     ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it. Raises
     :class:`ParityError` if a value differs; the file then stays beside as ``<name>.unproven.onnx``.
     """
     path = Path(path)
+    engines.require(engines.engine_of(m))
     low = lower(m.to("cpu"))  # where the engine runs that proves the file
     model = to_onnx(low, metadata=metadata, container=container)
+    if engines.engine_of(m) == engines.OPENVINO:
+        _strides_to_pools(model)
     unproven = path.with_name(path.stem + ".unproven.onnx")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +67,8 @@ def export_onnx(
         unproven.unlink(missing_ok=True)
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
     proof = samples if samples is not None else m.samples
-    parity = compare(low, unproven, proof or example_inputs(m))
+    prove = compare_openvino if engines.engine_of(m) == engines.OPENVINO else compare
+    parity = prove(low, unproven, proof or example_inputs(m))
     if not parity.proven:
         raise ParityError(
             _explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None
@@ -302,6 +308,25 @@ def _name_codes(node: ir.Node, name: str) -> None:
             if last.op_type in ("Clip", "Min"):
                 last.outputs[0].name = name.removesuffix(unclipped) + ":codes"
                 last.name = last.outputs[0].name
+
+
+def _strides_to_pools(model: ir.Model) -> None:
+    """A strided convolution of one tap becomes a pool of one tap and a convolution.
+
+    OpenVINO would move the stride in front of the dequantization, and then no longer see codes to compute with.
+    """
+    for node in list(model.graph):
+        strides = [int(s) for s in node.attributes["strides"].as_ints()] if node.op_type == "Conv" else []
+        weight = node.inputs[1].shape if strides else None
+        if weight is None or max(strides) == 1 or any(node.attributes["pads"].as_ints()):
+            continue
+        if all(d == 1 for d in list(weight)[2:]):
+            taps = {"kernel_shape": [1] * len(strides), "strides": strides}
+            pool = ir.node("MaxPool", [node.inputs[0]], taps, name=f"{node.name}:strides")
+            pool.outputs[0].name = pool.name
+            model.graph.insert_before(node, pool)
+            node.replace_input_with(0, pool.outputs[0])
+            node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
 
 
 def _pack(model: ir.Model) -> None:

@@ -74,14 +74,15 @@ def _along(t: Tensor, x: Tensor, axis: int) -> Tensor:
     return t.reshape(shape)
 
 
-def run_integer(low: QModel, x: Inputs, tap: Tap = keep) -> Outputs:
+def run_integer(low: QModel, x: Inputs, tap: Tap = keep, *, read: Tap = keep) -> Outputs:
     """Evaluate a lowered model in integers.
 
-    tap: sees, and may replace, the codes of every quantized value (float32 integers), by value name. Outputs that are codes
-    are dequantized. The result does not depend on the number of threads or the order of sums.
+    tap: sees, and may replace, the codes of every quantized value (float32 integers) as they are written, by value name; read:
+    as they are read, those of parameters and of moved values too. Outputs that are codes are dequantized. The result does not
+    depend on the number of threads or the order of sums.
     """
     with torch.inference_mode(), _ieee_float32():
-        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, KERNELS)))
+        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, KERNELS, read)))
 
 
 def predict(m: QModel, x: Inputs) -> Outputs:
@@ -117,7 +118,7 @@ def _real(value: Any) -> Any:
 
 
 def _evaluator(
-    tap: Tap, kernels: Mapping[Any, Callable[..., Any]]
+    tap: Tap, kernels: Mapping[Any, Callable[..., Any]], read: Tap = keep
 ) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
     def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target is DEQUANTIZE:
@@ -125,7 +126,7 @@ def _evaluator(
             if group:
                 return evaluate_plainly(node, args, kwargs)
             wide = codes.double() if codes.dtype == torch.int32 else codes.float()
-            return Codes(wide, scale, zero, axis)
+            return Codes(read(args[6], wide), scale, zero, axis)
         if node.target is QUANTIZE:
             return tap(args[4], _quantize(args))
         if node.target is CLIP_CODES:

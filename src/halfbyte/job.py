@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from halfbyte import engine, report, summary
+from halfbyte import engine, engines, report, summary
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
 from halfbyte.errors import ParityError, StoreError, UsageError
@@ -159,6 +159,7 @@ def quantize_job(
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     target = find(settings.target, saturates=engine.saturates())
+    engines.require(target.engine)
     recipe = chosen_recipe(settings)
     stages = Stages(progress)
     m = _resumed(out, settings) if resume else None
