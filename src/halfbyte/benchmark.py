@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 
-from halfbyte import engines
+from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.model import QModel
+from halfbyte.ports import input_codes
 
 _SHARE = 0.05  # the interval leaves out this share of the rounds' ratios on each side
 
@@ -73,13 +75,20 @@ def benchmark(
         raise UsageError("a benchmark needs at least 3 rounds, a batch of 1 and 1 thread")
     if not m.dynamic:
         batch = int(m.inputs[0].meta["shape"][0])
+    name = engines.engine_of(m)
+    batch = engine.fixed_batch(engines.opened(name, quantized, threads=threads)) or batch
     arrays = [t.numpy() for t in (tuple(s[:batch] for s in m.samples) if m.samples else example_inputs(m, batch))]
     arrays = [np.resize(a, (batch, *a.shape[1:])) for a in arrays]
-    name = engines.engine_of(m)
     files = [(reference, "f32"), (quantized, "f32"), *([(reference, "bf16")] if name == engines.OPENVINO else [])]
     shapes = [a.shape for a in arrays]
     sessions = [engines.opened(name, p, threads=threads, precision=how, shapes=shapes) for p, how in files]
-    times = interleaved([_runner(s, arrays) for s in sessions], rounds, progress)
+    codes = (
+        [t.numpy() for t in input_codes(m, (torch.from_numpy(arrays[0]),))]
+        if engines.takes_bytes(sessions[1])
+        else arrays
+    )
+    feeds = [codes if i == 1 else arrays for i in range(len(sessions))]
+    times = interleaved([_runner(s, a) for s, a in zip(sessions, feeds, strict=True)], rounds, progress)
     ratios = sorted(f / q for f, q in zip(*times[:2], strict=True))
     cut = int(len(ratios) * _SHARE)
     before, after = (statistics.median(t) * 1e3 for t in times[:2])

@@ -62,6 +62,10 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
         )
 
 
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return () if value is None else tuple(name.strip() for name in value.split(","))
+
+
 @main.command()
 @click.argument("network")
 @click.option(
@@ -69,7 +73,10 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 )
 @click.option("-o", "--output", default="out", help="Folder for the result.")
 @click.option(
-    "--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + "."
+    "--target",
+    default="onnxruntime",
+    metavar="NAME|FILE",
+    help="Engine to quantize for: " + ", ".join(_TARGETS) + ", or a .toml file that describes one.",
 )
 @click.option("--bits", metavar="WxAy", help="Widths of weights and activations [default: W8A8].")
 @click.option("--weight-bits", type=int, metavar="N", help="Width of weights alone.")
@@ -115,6 +122,23 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
     type=click.Choice(["packed", "int8"]),
     default="packed",
     help="How weights of 4 and fewer bits are stored.",
+)
+@click.option(
+    "--static-batch",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Fixed batch of the file (--batch is the calibration's).",
+)
+@click.option(
+    "--input-names", callback=_names, metavar="A,B", help="Names of the file's inputs [default: the network's]."
+)
+@click.option("--output-names", callback=_names, metavar="A,B", help="Names of its outputs [default: the network's].")
+@click.option(
+    "--input",
+    "input_type",
+    type=click.Choice(["float32", "uint8"]),
+    default="float32",
+    help="uint8: the file takes raw pixels, where one whole mean and one std make them codes.",
 )
 @click.option("--threads", type=int, help="[default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")

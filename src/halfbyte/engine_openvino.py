@@ -25,6 +25,8 @@ class Port(NamedTuple):
     """An input or output of a file."""
 
     name: str
+    type: str
+    shape: tuple[int | None, ...]
 
 
 class Session:
@@ -36,17 +38,22 @@ class Session:
 
     def get_inputs(self) -> list[Port]:
         """Inputs in order."""
-        return [Port(i.any_name) for i in self.compiled.inputs]
+        return [_port(i) for i in self.compiled.inputs]
 
     def get_outputs(self) -> list[Port]:
         """Outputs in order."""
-        return [Port(o.any_name) for o in self.compiled.outputs]
+        return [_port(o) for o in self.compiled.outputs]
 
     def run(self, outputs: Sequence[str] | None, feed: Mapping[str, Any]) -> list[np.ndarray[Any, Any]]:
         """The outputs of these names, or all, for one array for each input."""
         self._request.infer({name: np.ascontiguousarray(a) for name, a in feed.items()})
         wanted = self.compiled.outputs if outputs is None else [self.compiled.output(name) for name in outputs]
         return [np.array(self._request.get_tensor(port).data) for port in wanted]
+
+
+def _port(found: Any) -> Port:
+    shape = tuple(d.get_length() if d.is_static else None for d in found.partial_shape)
+    return Port(found.any_name, f"tensor({found.element_type.to_string()})", shape)
 
 
 def package() -> Any:

@@ -58,3 +58,8 @@ def opened(
 def described(name: str) -> str:
     """Name and version, for people."""
     return f"OpenVINO {engine_openvino.version()}" if name == OPENVINO else f"ONNX Runtime {ort.__version__}"
+
+
+def takes_bytes(s: Session) -> bool:
+    """Whether a file's first input is unsigned bytes."""
+    return s.get_inputs()[0].type in ("tensor(uint8)", "tensor(u8)")

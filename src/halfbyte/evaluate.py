@@ -18,6 +18,7 @@ from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.ports import input_codes
 from halfbyte.run import run, simulate
 
 Forward = Callable[..., Tensor | Outputs]
@@ -91,7 +92,10 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
     }
     if file is not None:
         s = engines.opened(engines.engine_of(m), file, threads=threads)
-        ways["file"] = lambda *x: single(tuple(torch.from_numpy(a) for a in engine.infer(s, x)))
+        pixels = engines.takes_bytes(s)
+        ways["file"] = lambda *x: single(
+            tuple(torch.from_numpy(a) for a in engine.infer(s, input_codes(m, x) if pixels else x))
+        )
     return ways
 
 

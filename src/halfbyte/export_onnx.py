@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from halfbyte.ops import (
 )
 from halfbyte.parity import Parity, codes_name, compare
 from halfbyte.parity_openvino import compare_openvino
+from halfbyte.ports import InputType, Ports, check_names, input_codes, rename_inputs, with_batch, without_rounding
 
 OPSET = 21
 _VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
@@ -46,17 +48,31 @@ def export_onnx(
     samples: Inputs | None = None,
     metadata: Mapping[str, str] | None = None,
     container: Container = "packed",
+    static_batch: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    input_type: InputType = "float32",
 ) -> Parity:
     """Write a calibrated model as ONNX and prove that its target's engine computes from it what the simulation computes.
 
     path: the file. samples: inputs for the proof (default: those kept by ``calibrate``). metadata: further entries under
-    ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it. Raises
-    :class:`ParityError` if a value differs; the file then stays beside as ``<name>.unproven.onnx``.
+    ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it.
+    static_batch, input_names, output_names, input_type: see :class:`Ports`. Raises :class:`ParityError` if a value differs; the
+    file then stays beside as ``<name>.unproven.onnx``.
     """
     path = Path(path)
     engines.require(engines.engine_of(m))
+    ports = Ports(static_batch, input_names, output_names, input_type)
+    check_names(m, ports)
+    proof = samples if samples is not None else m.samples
+    proof = proof or example_inputs(m)
     low = lower(m.to("cpu"))  # where the engine runs that proves the file
-    model = to_onnx(low, metadata=metadata, container=container)
+    if ports.input_type == "uint8":
+        low, proof = without_rounding(m, low), input_codes(m, proof)
+    low = replace(low, outputs=tuple(ports.output_names or low.outputs))
+    fixed = low if ports.static_batch is None else with_batch(low, ports.static_batch)
+    model = to_onnx(fixed, metadata=metadata, container=container)
+    rename_inputs(model, ports.input_names or [str(n.target) for n in m.inputs])
     if engines.engine_of(m) == engines.OPENVINO:
         _strides_to_pools(model)
     unproven = path.with_name(path.stem + ".unproven.onnx")
@@ -66,9 +82,8 @@ def export_onnx(
     except OSError as error:
         unproven.unlink(missing_ok=True)
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
-    proof = samples if samples is not None else m.samples
     prove = compare_openvino if engines.engine_of(m) == engines.OPENVINO else compare
-    parity = prove(low, unproven, proof or example_inputs(m))
+    parity = prove(low, unproven, proof)
     if not parity.proven:
         raise ParityError(
             _explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None

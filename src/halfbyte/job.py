@@ -24,6 +24,7 @@ from halfbyte.formats import parse_bits
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.parity import Parity
+from halfbyte.ports import InputType, pixel_grid, pixel_range, takes_pixels
 from halfbyte.preprocess import Preprocess
 from halfbyte.quantize import default_recipe, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
@@ -63,6 +64,10 @@ class Settings:
     container: Container = "packed"
     preprocess: Mapping[str, Any] | None = None
     trust: bool = False
+    static_batch: int | None = None
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    input_type: InputType = "float32"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the output folder: a moved folder can still be resumed."""
@@ -158,6 +163,8 @@ def quantize_job(
     check_output(out, resume=resume, overwrite=overwrite)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
+    if settings.input_type == "uint8":
+        pixel_grid(_preprocess(settings))
     target = find(settings.target, saturates=engine.saturates())
     engines.require(target.engine)
     recipe = chosen_recipe(settings)
@@ -179,6 +186,7 @@ def _quantized(
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
     weight_bits, activation_bits = parse_bits(settings.bits)
+    pixels = settings.input_type == "uint8"
     if m is None:
         if overwrite and out.exists():
             _clear(out)
@@ -197,7 +205,7 @@ def _quantized(
                 activation_bits=activation_bits,
                 recipe=recipe,
                 overrides=dict.fromkeys(settings.keep_float),
-                ranges=ranges,
+                ranges={**(pixel_range(made, _preprocess(settings)) if pixels else {}), **ranges},
                 preprocess=preprocess,
                 samples=settings.samples,
                 batch=settings.batch,
@@ -208,10 +216,18 @@ def _quantized(
                 progress=progress,
             ),
         )
+        m = takes_pixels(m, _preprocess(settings)) if pixels else m
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return m, stages
+
+
+def _preprocess(settings: Settings) -> Preprocess:
+    """The pre-processing, where something cannot do without. Raises :class:`UsageError`."""
+    if settings.preprocess is None:
+        raise UsageError("--input uint8 needs to know what becomes of a pixel: give --size, --mean and --std")
+    return Preprocess.from_dict(settings.preprocess)
 
 
 def chosen_recipe(settings: Settings) -> Recipe:
@@ -257,7 +273,17 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
     failure: ParityError | None = None
     try:
         parity = stages.run(
-            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=metadata, container=settings.container)
+            "export and prove",
+            lambda: export_onnx(
+                m,
+                out / MODEL,
+                metadata=metadata,
+                container=settings.container,
+                static_batch=settings.static_batch,
+                input_names=settings.input_names or None,
+                output_names=settings.output_names or None,
+                input_type=settings.input_type,
+            ),
         )
     except ParityError as error:
         failure = error
