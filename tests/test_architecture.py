@@ -20,7 +20,7 @@ LAYERS: dict[int, str] = {
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct blocks "
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "lower engine engine_openvino engines integer parity parity_openvino ports export_onnx "
+    8: "lower sums engine engine_openvino engines integer parity parity_openvino ports export_onnx "
     "evaluate benchmark latency report recipe quantize inspection summary job",
     9: "console cli __init__ __main__",
 }
