@@ -21,7 +21,7 @@ LAYERS: dict[int, str] = {
     "dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "lower sums engine engine_openvino engines integer parity parity_openvino ports export_onnx "
-    "evaluate benchmark latency report recipe quantize inspection summary job",
+    "encodings evaluate benchmark latency report recipe quantize inspection summary job",
     9: "console cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

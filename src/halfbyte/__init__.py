@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.costs import CostTable, costs
     from halfbyte.descent import Descent
     from halfbyte.dual import Dual, dual
+    from halfbyte.encodings import export_encodings
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Bits, Format, bits
@@ -87,6 +88,7 @@ _WHERE = {
     "HalfbyteError": "errors",
     "ParityError": "errors",
     "UsageError": "errors",
+    "export_encodings": "encodings",
     "export_onnx": "export_onnx",
     "Format": "formats",
     "MSE": "grids",
@@ -154,6 +156,7 @@ __all__ = [
     "dequantize",
     "dual",
     "equalize",
+    "export_encodings",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",

@@ -140,6 +140,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     default="float32",
     help="uint8: the file takes raw pixels, where one whole mean and one std make them codes.",
 )
+@click.option("--encodings", is_flag=True, help="AIMET encodings and a float ONNX file too, for Qualcomm's tools.")
 @click.option("--threads", type=int, help="[default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")

@@ -30,6 +30,7 @@ from halfbyte.ops import (
     DEQUANTIZE,
     GLOBAL_AVERAGE_POOL,
     LOWERED_LINEAR,
+    NAMED,
     QUANTIZE,
 )
 from halfbyte.parity import Parity, codes_name, compare
@@ -72,7 +73,8 @@ def export_onnx(
     low = replace(low, outputs=tuple(ports.output_names or low.outputs))
     fixed = low if ports.static_batch is None else with_batch(low, ports.static_batch)
     model = to_onnx(fixed, metadata=metadata, container=container)
-    rename_inputs(model, ports.input_names or [str(n.target) for n in m.inputs])
+    if ports.input_names is not None:
+        rename_inputs(model, ports.input_names)
     if engines.engine_of(m) == engines.OPENVINO:
         _strides_to_pools(model)
     unproven = path.with_name(path.stem + ".unproven.onnx")
@@ -221,6 +223,12 @@ def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: 
     return y
 
 
+def _named(x: Any, name: str) -> Any:
+    y = op.Sum(x)  # of one number: an operation that does nothing, and that folding leaves alone
+    y.producer().metadata_props[_VALUE] = name
+    return y
+
+
 def _clamp(x: Any, lower: Any, upper: Any) -> Any:
     single = all(len(t.shape) == 0 for t in (lower, upper))
     return op.Clip(x, lower, upper) if single else op.Min(op.Max(x, lower), upper)
@@ -255,6 +263,7 @@ def _linear(x: Any, weight: Any, bias: Any) -> Any:
 
 
 _TRANSLATIONS: dict[Any, Any] = {
+    NAMED: _named,
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     CLIP_CODES: _clamp,

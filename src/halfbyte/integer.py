@@ -315,7 +315,10 @@ class _Arithmetic:
 def _quantize_openvino(args: tuple[Any, ...]) -> Tensor:
     """A real number times the reciprocal scale, plus the zero-point, rounded last."""
     x, scale, zero, axis, _ = args
-    info, x = torch.iinfo(zero.dtype), _real(x)
+    info = torch.iinfo(zero.dtype)
+    if isinstance(x, Pending):
+        return x.write(scale, zero.float()).clamp(info.min, info.max)
+    x = _real(x)
     codes = torch.round(x * _along(1 / scale, x, axis) + _along(zero.float(), x, axis))
     return codes.clamp(info.min, info.max)
 
@@ -337,7 +340,22 @@ def _linear_openvino(x: Codes, w: Codes, b: Any) -> Tensor:
     return y + ((b.codes * b.scale.double()).float() if isinstance(b, Codes) else b)
 
 
+def _add_openvino(a: Any, b: Any) -> Any:
+    """A layer's real numbers plus codes: in units of the codes' scale, whose ratio to the output's then multiplies the sum."""
+    if not isinstance(a, Codes) and not isinstance(b, Codes):
+        return a + b
+    y, x = (a, b) if isinstance(b, Codes) else (b, a)
+    if isinstance(y, Codes):
+        return a.real + b.real
+    sums = (y - x.zero.float() * x.scale) * (1 / x.scale) + x.codes
+    return Pending(lambda s_y, z_y: torch.round(sums * (x.scale / s_y) + z_y), y + x.real)
+
+
 _ONNXRUNTIME = _Arithmetic(KERNELS, runs_in_integers, _quantize)
 # Found by comparison with OpenVINO 2026.4, which differs from it at a few ties in a hundred million; the rest is float arithmetic.
-_OPENVINO = _Arithmetic({CONV: _conv_openvino, LOWERED_LINEAR: _linear_openvino}, _reads_codes, _quantize_openvino)
+_OPENVINO = _Arithmetic(
+    {CONV: _conv_openvino, LOWERED_LINEAR: _linear_openvino, aten.add.Tensor: _add_openvino},
+    lambda node: kind(node) is Kind.ADD or (node.target is not aten.add.Tensor and _reads_codes(node)),
+    _quantize_openvino,
+)
 _SIMULATED = _Arithmetic({}, _reads_codes, _quantize)

@@ -18,6 +18,7 @@ import torch
 from halfbyte import engine, engines, report, summary
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
+from halfbyte.encodings import ENCODINGS, FLOAT_FILE, export_encodings
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import parse_bits
@@ -68,6 +69,7 @@ class Settings:
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
     input_type: InputType = "float32"
+    encodings: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the output folder: a moved folder can still be resumed."""
@@ -151,7 +153,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(folder: Path) -> None:
     """Remove an earlier result, and nothing that somebody else has put beside it."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    for name in (MODEL, UNPROVEN, SUMMARY, REPORT):
+    for name in (MODEL, UNPROVEN, SUMMARY, REPORT, ENCODINGS, FLOAT_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -290,6 +292,8 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
     except BaseException:  # only a file that was found to differ stays for inspection
         (out / UNPROVEN).unlink(missing_ok=True)
         raise
+    if settings.encodings and failure is None:
+        stages.run("encodings", lambda: export_encodings(m, out))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows
     write_summary(out, described)
