@@ -13,7 +13,7 @@ setup: $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep -i '^torch==' constraints.txt)"
-	$(INSTALL) -e '.[test,demo]'
+	$(INSTALL) -e '.[test,demo,openvino]'
 	@touch $@
 
 browser:

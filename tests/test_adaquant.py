@@ -45,7 +45,7 @@ def test_the_best_iterate_is_on_the_grid_and_no_worse_than_the_start(kind: str, 
 def test_it_learns() -> None:
     p = linear()
     p = replace(
-        p, grid=MinMax().weight(p.weight, p.form, p.pairs)
+        p, grid=replace(p.grid, scale=1.5 * p.grid.scale)
     )  # the least squared error would leave little to learn
     found = AdaQuant(iterations=300).solve(p)
     assert found.bias is not None

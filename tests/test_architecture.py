@@ -20,9 +20,9 @@ LAYERS: dict[int, str] = {
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct tune_statistics refinement "
     "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "prove lower sizes engine integer parity provenance export_onnx proof evaluate scoring benchmark latency capabilities mixed "
-    "report recipe quantize tradeoff inspection summary diagnosis probes search matching repairs causes diagnose job plan check "
-    "compare",
+    8: "prove lower sizes sums engine engine_openvino engines integer parity parity_openvino ports provenance export_onnx encodings "
+    "proof evaluate scoring benchmark latency capabilities mixed report recipe quantize tradeoff inspection summary diagnosis "
+    "probes search matching repairs causes diagnose job plan check compare",
     9: "console doctor cli_config cli_daily cli_tradeoff cli_diagnose cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.diagnosis import Diagnosis
     from halfbyte.doctor import doctor
     from halfbyte.dual import Dual, dual
+    from halfbyte.encodings import export_encodings
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Bits, Format, bits
@@ -101,6 +102,7 @@ _WHERE = {
     "HalfbyteError": "errors",
     "ParityError": "errors",
     "UsageError": "errors",
+    "export_encodings": "encodings",
     "export_onnx": "export_onnx",
     "Format": "formats",
     "MSE": "grids",
@@ -184,6 +186,7 @@ __all__ = [
     "doctor",
     "dual",
     "equalize",
+    "export_encodings",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",

@@ -29,7 +29,7 @@ from halfbyte.console import (
 )
 from halfbyte.errors import HalfbyteError, UsageError
 
-_TARGETS = ("onnxruntime", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
+_TARGETS = ("onnxruntime", "openvino", "onnxruntime-per-tensor", "onnxruntime-vnni", "onnxruntime-avx2", "generic")
 _INTERRUPTED = 130
 
 
@@ -67,6 +67,10 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
         )
 
 
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return () if value is None else tuple(name.strip() for name in value.split(","))
+
+
 @main.command(cls=Configured)
 @click.argument("network")
 @click.option(
@@ -74,7 +78,10 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 )
 @click.option("-o", "--output", default="out", help="Folder for the result.")
 @click.option(
-    "--target", default="onnxruntime", metavar="NAME", help="Engine to quantize for: " + ", ".join(_TARGETS) + "."
+    "--target",
+    default="onnxruntime",
+    metavar="NAME|FILE",
+    help="Engine to quantize for: " + ", ".join(_TARGETS) + ", or a .toml file that describes one.",
 )
 @click.option("--bits", metavar="WxAy", help="Widths of weights and activations [default: W8A8].")
 @click.option(
@@ -139,6 +146,24 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
     default="packed",
     help="How weights of 4 and fewer bits are stored.",
 )
+@click.option(
+    "--static-batch",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Fixed batch of the file (--batch is the calibration's).",
+)
+@click.option(
+    "--input-names", callback=_names, metavar="A,B", help="Names of the file's inputs [default: the network's]."
+)
+@click.option("--output-names", callback=_names, metavar="A,B", help="Names of its outputs [default: the network's].")
+@click.option(
+    "--input",
+    "input_type",
+    type=click.Choice(["float32", "uint8"]),
+    default="float32",
+    help="uint8: the file takes raw pixels, where one whole mean and one std make them codes.",
+)
+@click.option("--encodings", is_flag=True, help="AIMET encodings and a float ONNX file too, for Qualcomm's tools.")
 @click.option("--threads", type=int, help="[default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
@@ -291,6 +316,10 @@ def _command() -> str:
     return shlex.join(["halfbyte", *sys.argv[1:]])
 
 
+def _extent(parity: dict[str, Any]) -> str:
+    return "equal" if not parity["integer_mismatches"] else f"within {parity['integer_max_steps']} step"
+
+
 def _verdict(described: dict[str, Any], output: str) -> str:
     parity, size = described["parity"], described["size"]
     layers = described["layers"]
@@ -298,7 +327,7 @@ def _verdict(described: dict[str, Any], output: str) -> str:
     proven = (
         "not proven"
         if parity is None
-        else f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
+        else f"proven {_extent(parity)} on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
     )
     seconds = sum(s["seconds"] for s in described["stages"])
     lines = [

@@ -48,13 +48,27 @@ def session(
         raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
 
 
-def infer(
-    s: ort.InferenceSession, inputs: Sequence[Any], outputs: Sequence[str] | None = None
-) -> list[np.ndarray[Any, Any]]:
-    """Run a session on one array or tensor for each input."""
+def infer(s: Any, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -> list[np.ndarray[Any, Any]]:
+    """Run a session (ONNX Runtime's, or one with its face) on one array or tensor for each input.
+
+    A file of a fixed batch runs as often as it takes; the last portion is filled up, and what was added is cut off.
+    """
     arrays = [t.detach().cpu().numpy() if isinstance(t, torch.Tensor) else np.asarray(t) for t in inputs]
-    feed = {i.name: a for i, a in zip(s.get_inputs(), arrays, strict=True)}
-    return list(s.run(list(outputs) if outputs is not None else None, feed))
+    wanted, names = list(outputs) if outputs is not None else None, [i.name for i in s.get_inputs()]
+    fixed, count = fixed_batch(s), len(arrays[0])
+    if fixed is None or fixed == count or not count:
+        return list(s.run(wanted, dict(zip(names, arrays, strict=True))))
+    parts = []
+    for start in range(0, count, fixed):
+        portion = [np.take(a, range(start, start + fixed), 0, mode="clip") for a in arrays]
+        parts.append(s.run(wanted, dict(zip(names, portion, strict=True))))
+    return [np.concatenate(p)[:count] for p in zip(*parts, strict=True)]
+
+
+def fixed_batch(s: Any) -> int | None:
+    """The batch that a file is made for; None where it is free."""
+    shape = s.get_inputs()[0].shape
+    return shape[0] if len(shape) and isinstance(shape[0], int) else None
 
 
 def optimized_graph(model: str | Path | bytes) -> onnx.ModelProto:

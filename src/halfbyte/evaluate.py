@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import engine
+from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.ports import input_codes
 from halfbyte.run import run, simulate
 
 Forward = Callable[..., Tensor | Outputs]
@@ -90,8 +91,11 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
         "simulation": lambda *x: single(run_integer(low, x)),
     }
     if file is not None:
-        s = engine.session(file, threads=threads)
-        ways["file"] = lambda *x: single(tuple(torch.from_numpy(a) for a in engine.infer(s, x)))
+        s = engines.opened(engines.engine_of(m), file, threads=threads)
+        pixels = engines.takes_bytes(s)
+        ways["file"] = lambda *x: single(
+            tuple(torch.from_numpy(a) for a in engine.infer(s, input_codes(m, x) if pixels else x))
+        )
     return ways
 
 

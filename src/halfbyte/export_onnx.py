@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import fx
 
+from halfbyte import engines
 from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
 from halfbyte.graph import editable, output_node
@@ -28,9 +30,12 @@ from halfbyte.ops import (
     DEQUANTIZE,
     GLOBAL_AVERAGE_POOL,
     LOWERED_LINEAR,
+    NAMED,
     QUANTIZE,
 )
 from halfbyte.parity import Parity, codes_name, compare
+from halfbyte.parity_openvino import compare_openvino
+from halfbyte.ports import InputType, Ports, check_names, input_codes, rename_inputs, with_batch, without_rounding
 
 OPSET = 21
 _VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
@@ -44,16 +49,34 @@ def export_onnx(
     samples: Inputs | None = None,
     metadata: Mapping[str, str] | None = None,
     container: Container = "packed",
+    static_batch: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    input_type: InputType = "float32",
 ) -> Parity:
-    """Write a calibrated model as ONNX and prove that ONNX Runtime computes from it what the simulation computes.
+    """Write a calibrated model as ONNX and prove that its target's engine computes from it what the simulation computes.
 
     path: the file. samples: inputs for the proof (default: those kept by ``calibrate``). metadata: further entries under
-    ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it. Raises
-    :class:`ParityError` if a value differs; the file then stays beside as ``<name>.unproven.onnx``.
+    ``halfbyte.*``. container: ``packed`` stores weights of 4 and fewer bits as INT4; ``int8`` for engines that lack it.
+    static_batch, input_names, output_names, input_type: see :class:`Ports`. Raises :class:`ParityError` if a value differs; the
+    file then stays beside as ``<name>.unproven.onnx``.
     """
     path = Path(path)
+    engines.require(engines.engine_of(m))
+    ports = Ports(static_batch, input_names, output_names, input_type)
+    check_names(m, ports)
+    proof = samples if samples is not None else m.samples
+    proof = proof or example_inputs(m)
     low = lower(m.to("cpu"))  # where the engine runs that proves the file
-    model = to_onnx(low, metadata=metadata, container=container)
+    if ports.input_type == "uint8":
+        low, proof = without_rounding(m, low), input_codes(m, proof)
+    low = replace(low, outputs=tuple(ports.output_names or low.outputs))
+    fixed = low if ports.static_batch is None else with_batch(low, ports.static_batch)
+    model = to_onnx(fixed, metadata=metadata, container=container)
+    if ports.input_names is not None:
+        rename_inputs(model, ports.input_names)
+    if engines.engine_of(m) == engines.OPENVINO:
+        _strides_to_pools(model)
     unproven = path.with_name(path.stem + ".unproven.onnx")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +84,8 @@ def export_onnx(
     except OSError as error:
         unproven.unlink(missing_ok=True)
         raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
-    proof = samples if samples is not None else m.samples
-    parity = compare(low, unproven, proof or example_inputs(m))
+    prove = compare_openvino if engines.engine_of(m) == engines.OPENVINO else compare
+    parity = prove(low, unproven, proof)
     if not parity.proven:
         raise ParityError(
             _explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None
@@ -200,6 +223,12 @@ def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: 
     return y
 
 
+def _named(x: Any, name: str) -> Any:
+    y = op.Sum(x)  # of one number: an operation that does nothing, and that folding leaves alone
+    y.producer().metadata_props[_VALUE] = name
+    return y
+
+
 def _clamp(x: Any, lower: Any, upper: Any) -> Any:
     single = all(len(t.shape) == 0 for t in (lower, upper))
     return op.Clip(x, lower, upper) if single else op.Min(op.Max(x, lower), upper)
@@ -234,6 +263,7 @@ def _linear(x: Any, weight: Any, bias: Any) -> Any:
 
 
 _TRANSLATIONS: dict[Any, Any] = {
+    NAMED: _named,
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     CLIP_CODES: _clamp,
@@ -302,6 +332,25 @@ def _name_codes(node: ir.Node, name: str) -> None:
             if last.op_type in ("Clip", "Min"):
                 last.outputs[0].name = name.removesuffix(unclipped) + ":codes"
                 last.name = last.outputs[0].name
+
+
+def _strides_to_pools(model: ir.Model) -> None:
+    """A strided convolution of one tap becomes a pool of one tap and a convolution.
+
+    OpenVINO would move the stride in front of the dequantization, and then no longer see codes to compute with.
+    """
+    for node in list(model.graph):
+        strides = [int(s) for s in node.attributes["strides"].as_ints()] if node.op_type == "Conv" else []
+        weight = node.inputs[1].shape if strides else None
+        if weight is None or max(strides) == 1 or any(node.attributes["pads"].as_ints()):
+            continue
+        if all(d == 1 for d in list(weight)[2:]):
+            taps = {"kernel_shape": [1] * len(strides), "strides": strides}
+            pool = ir.node("MaxPool", [node.inputs[0]], taps, name=f"{node.name}:strides")
+            pool.outputs[0].name = pool.name
+            model.graph.insert_before(node, pool)
+            node.replace_input_with(0, pool.outputs[0])
+            node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
 
 
 def _pack(model: ir.Model) -> None:

@@ -1,4 +1,4 @@
-"""The lowered graph evaluated in integers, to the last bit as ONNX Runtime's kernels do it.
+"""The lowered graph evaluated in integers, to the last bit as ONNX Runtime's kernels do it, and nearly so as OpenVINO's.
 
 Accumulators are exact, biases int32, the requantization multiplier float32, ties go to even. The formulas below were found by
 comparison with ONNX Runtime 1.31 and are checked against it on every export (``parity``); operations without an integer
@@ -26,11 +26,9 @@ from halfbyte.ops import (
     Kind,
     aten,
     kind,
-    spatial_pad,
 )
 from halfbyte.run import evaluate_plainly, keep, run
-
-_EXACT = 2**24  # float32 holds every integer up to here, so sums below it are exact in any order
+from halfbyte.sums import conv_sums, matmul_sums
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,16 @@ def _along(t: Tensor, x: Tensor, axis: int) -> Tensor:
     return t.reshape(shape)
 
 
-def run_integer(low: QModel, x: Inputs, tap: Tap = keep) -> Outputs:
+def run_integer(low: QModel, x: Inputs, tap: Tap = keep, *, read: Tap = keep) -> Outputs:
     """Evaluate a lowered model in integers.
 
-    tap: sees, and may replace, the codes of every quantized value (float32 integers), by value name. Outputs that are codes
-    are dequantized. The result does not depend on the number of threads or the order of sums.
+    tap: sees, and may replace, the codes of every quantized value (float32 integers) as they are written, by value name; read:
+    as they are read, those of parameters and of moved values too. Outputs that are codes are dequantized. The result does not
+    depend on the number of threads or the order of sums.
     """
     with torch.inference_mode(), _ieee_float32():
-        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, KERNELS)))
+        arithmetic = _OPENVINO if low.target is not None and low.target.engine == "openvino" else _ONNXRUNTIME
+        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, arithmetic, read)))
 
 
 def predict(m: QModel, x: Inputs) -> Outputs:
@@ -98,7 +98,7 @@ def predict(m: QModel, x: Inputs) -> Outputs:
 def run_simulated(low: QModel, x: Inputs) -> Outputs:
     """Evaluate a lowered model in float arithmetic: every operation on dequantized values, as training and search see it."""
     with torch.inference_mode():
-        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(keep, {})))
+        return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(keep, _SIMULATED)))
 
 
 class _ieee_float32:  # noqa: N801 - a context manager
@@ -117,7 +117,7 @@ def _real(value: Any) -> Any:
 
 
 def _evaluator(
-    tap: Tap, kernels: Mapping[Any, Callable[..., Any]]
+    tap: Tap, arithmetic: "_Arithmetic", read: Tap = keep
 ) -> Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]:
     def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target is DEQUANTIZE:
@@ -125,15 +125,15 @@ def _evaluator(
             if group:
                 return evaluate_plainly(node, args, kwargs)
             wide = codes.double() if codes.dtype == torch.int32 else codes.float()
-            return Codes(wide, scale, zero, axis)
+            return Codes(read(args[6], wide), scale, zero, axis)
         if node.target is QUANTIZE:
-            return tap(args[4], _quantize(args))
+            return tap(args[4], arithmetic.quantize(args))
         if node.target is CLIP_CODES:
             codes, lo, hi = args
             clipped = torch.minimum(torch.maximum(codes, lo.float()), hi.float())
             return tap(value_name(node), clipped)
-        kernel = kernels.get(node.target)
-        if kernel is not None and runs_in_integers(node):
+        kernel = arithmetic.kernels.get(node.target)
+        if kernel is not None and arithmetic.suits(node):
             return kernel(*args, **kwargs)
         return evaluate_plainly(node, _map_real(args), _map_real(kwargs))
 
@@ -149,6 +149,11 @@ def runs_in_integers(node: fx.Node) -> bool:
     known = node.target in KERNELS and (node.target is LOWERED_LINEAR or kind(node) is not Kind.FLOAT)
     if not known or not (node.target in FLOAT_WRITERS or _written(node)):
         return False
+    return _reads_codes(node)
+
+
+def _reads_codes(node: fx.Node) -> bool:
+    """All operands are codes (a linear layer's bias may be real)."""
     operands = [a for a in _flat(node.args[: 3 if node.target is CONV else 2]) if isinstance(a, fx.Node)]
     return bool(operands) and all(a.target is DEQUANTIZE and not a.args[4] for a in operands)
 
@@ -192,52 +197,14 @@ def _requantized(acc: Tensor, scale: Tensor, axis: int) -> Pending:
 def _conv(
     x: Codes, w: Codes, b: Codes | None, stride: list[int], pads: list[int], dilation: list[int], groups: int
 ) -> Pending:
-    n = len(stride)
-    padded = F.pad(x.centred, spatial_pad(pads)) if any(pads) else x.centred
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n]
-    flat = w.centred.flatten(1)
-    largest = float(padded.abs().max())
-    if largest * float(flat.abs().sum(1).max()) < _EXACT:
-        acc = function(padded, w.centred, None, stride, 0, dilation, groups)
-    elif groups == 1:  # sums over some of the input channels stay exact; their own sum is taken in float64
-        acc = _by_parts(padded, w.centred, largest, lambda xs, ws: function(xs, ws, None, stride, 0, dilation))
-    else:
-        acc = function(padded.double(), w.centred.double(), None, stride, 0, dilation, groups)
+    acc = conv_sums(x.centred, w.centred, stride, pads, dilation, groups)
     if b is not None:
         acc = acc.double() + _along(b.codes, acc, 1)
     return _requantized(acc, x.scale * w.scale, 1)
 
 
-def _by_parts(x: Tensor, w: Tensor, largest: float, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sum of products over slices of dimension 1 that are each exact in float32."""
-    per_input = w.abs().flatten(2).sum(2) if w.ndim > 2 else w.abs()
-    reach = torch.cumsum(per_input, 1).amax(0) * largest
-    parts, start = [], 0
-    offset = 0.0
-    for i, total in enumerate(reach.tolist()):
-        if total - offset >= _EXACT and i > start:
-            parts.append((start, i))
-            start, offset = i, reach[i - 1].item()
-    parts.append((start, w.shape[1]))
-    total_sum: Tensor | None = None
-    for a, b in parts:
-        exact = float(per_input[:, a:b].sum(1).max()) * largest < _EXACT
-        xs, ws = x[:, a:b], w[:, a:b]
-        part = product(xs, ws).double() if exact else product(xs.double(), ws.double())
-        total_sum = part if total_sum is None else total_sum + part
-    assert total_sum is not None  # there is always a last part
-    return total_sum
-
-
-def _matmul_exact(a: Tensor, b: Tensor) -> Tensor:
-    """Product of integer matrices: float32 where every sum is below 2^24, float64 (exact to 2^53) beyond."""
-    if float(a.abs().max()) * float(b.abs().sum(-2).max()) < _EXACT:
-        return a @ b
-    return a.double() @ b.double()
-
-
 def _linear(x: Codes, w: Codes, b: Any) -> Any:
-    acc = _matmul_exact(x.centred, w.centred)
+    acc = matmul_sums(x.centred, w.centred)
     scale = x.scale * w.scale
     if isinstance(b, Codes):
         acc = acc.double() + b.codes
@@ -250,7 +217,7 @@ def _linear(x: Codes, w: Codes, b: Any) -> Any:
 
 
 def _matmul(a: Codes, b: Codes) -> Pending:
-    return _requantized(_matmul_exact(a.centred, b.centred), a.scale * b.scale, 0)
+    return _requantized(matmul_sums(a.centred, b.centred), a.scale * b.scale, 0)
 
 
 def _add(a: Codes, b: Codes) -> Pending:
@@ -334,3 +301,61 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     aten.avg_pool3d.default: _average(3),
 }
 FLOAT_WRITERS = (LOWERED_LINEAR, aten.matmul.default, aten.bmm.default)
+
+
+@dataclass(frozen=True)
+class _Arithmetic:
+    """How an engine computes: operations on codes, which of them suit a node, how real numbers become codes."""
+
+    kernels: Mapping[Any, Callable[..., Any]]
+    suits: Callable[[fx.Node], bool]
+    quantize: Callable[[tuple[Any, ...]], Tensor]
+
+
+def _quantize_openvino(args: tuple[Any, ...]) -> Tensor:
+    """A real number times the reciprocal scale, plus the zero-point, rounded last."""
+    x, scale, zero, axis, _ = args
+    info = torch.iinfo(zero.dtype)
+    if isinstance(x, Pending):
+        return x.write(scale, zero.float()).clamp(info.min, info.max)
+    x = _real(x)
+    codes = torch.round(x * _along(1 / scale, x, axis) + _along(zero.float(), x, axis))
+    return codes.clamp(info.min, info.max)
+
+
+def _conv_openvino(
+    x: Codes, w: Codes, b: Codes | None, stride: list[int], pads: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """An exact sum, then float32: times the scales, plus the bias. What is fused behind it continues with real numbers."""
+    acc = conv_sums(x.centred, w.centred, stride, pads, dilation, groups)
+    y = acc.float() * _along(x.scale * w.scale, acc, 1)
+    return y if b is None else y + _along((b.codes * b.scale.double()).float(), y, 1)
+
+
+def _linear_openvino(x: Codes, w: Codes, b: Any) -> Tensor:
+    acc = matmul_sums(x.centred, w.centred)
+    y = acc.float() * _along(x.scale * w.scale, acc, acc.ndim - 1)
+    if b is None:
+        return y
+    return y + ((b.codes * b.scale.double()).float() if isinstance(b, Codes) else b)
+
+
+def _add_openvino(a: Any, b: Any) -> Any:
+    """A layer's real numbers plus codes: in units of the codes' scale, whose ratio to the output's then multiplies the sum."""
+    if not isinstance(a, Codes) and not isinstance(b, Codes):
+        return a + b
+    y, x = (a, b) if isinstance(b, Codes) else (b, a)
+    if isinstance(y, Codes):
+        return a.real + b.real
+    sums = (y - x.zero.float() * x.scale) * (1 / x.scale) + x.codes
+    return Pending(lambda s_y, z_y: torch.round(sums * (x.scale / s_y) + z_y), y + x.real)
+
+
+_ONNXRUNTIME = _Arithmetic(KERNELS, runs_in_integers, _quantize)
+# Found by comparison with OpenVINO 2026.4, which differs from it at a few ties in a hundred million; the rest is float arithmetic.
+_OPENVINO = _Arithmetic(
+    {CONV: _conv_openvino, LOWERED_LINEAR: _linear_openvino, aten.add.Tensor: _add_openvino},
+    lambda node: kind(node) is Kind.ADD or (node.target is not aten.add.Tensor and _reads_codes(node)),
+    _quantize_openvino,
+)
+_SIMULATED = _Arithmetic({}, _reads_codes, _quantize)

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from halfbyte import engine, report, summary
+from halfbyte import engine, engines, report, summary
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
 from halfbyte.data import Samples, labelled
+from halfbyte.encodings import ENCODINGS, FLOAT_FILE, export_encodings
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import Bits, parse_widths
@@ -27,6 +28,7 @@ from halfbyte.opening import open_network
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parity import Parity
 from halfbyte.place import place
+from halfbyte.ports import InputType, pixel_grid, pixel_range, takes_pixels
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
@@ -76,6 +78,11 @@ class Settings:
     trust: bool = False
     max_drop: float | None = None  # points: the automatic recipe
     validation: str | None = None
+    static_batch: int | None = None
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    input_type: InputType = "float32"
+    encodings: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, without the output folder: a moved folder can still be resumed."""
@@ -172,7 +179,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(folder: Path) -> None:
     """Remove an earlier result, and nothing that somebody else has put beside it."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    for name in (MODEL, PROOF, UNPROVEN, SUMMARY, REPORT):
+    for name in (MODEL, PROOF, UNPROVEN, SUMMARY, REPORT, ENCODINGS, FLOAT_FILE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -193,7 +200,10 @@ def quantize_job(
     check_output(out, resume=resume, overwrite=overwrite)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
+    if settings.input_type == "uint8":
+        pixel_grid(_preprocess(settings))
     target = find(settings.target, saturates=engine.saturates())
+    engines.require(target.engine)
     recipe = chosen_recipe(settings)
     stages = Stages(progress)
     m = _resumed(out, settings) if resume else None
@@ -216,6 +226,7 @@ def _quantized(
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
     weight_bits, activation_bits = parse_widths(settings.bits)
+    pixels = settings.input_type == "uint8"
     if m is None:
         if overwrite and out.exists():
             _clear(out)
@@ -239,7 +250,7 @@ def _quantized(
                 activation_bits=activation_bits,
                 recipe=recipe,
                 overrides=settings.overrides,
-                ranges=ranges,
+                ranges={**(pixel_range(made, _preprocess(settings)) if pixels else {}), **ranges},
                 preprocess=preprocess,
                 samples=settings.samples,
                 batch=settings.batch,
@@ -251,7 +262,7 @@ def _quantized(
                 progress=progress,
             ),
         )
-        m = note_data(m, data)
+        m = takes_pixels(note_data(m, data), _preprocess(settings)) if pixels else note_data(m, data)
         _save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
@@ -294,6 +305,13 @@ def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
     )  # fmt: skip
     found = sizes(placed, settings.container)
     return f"weights {found.logical_bytes / 1e6:.2f} MB logical, about {found.file_bytes / 1e6:.2f} MB in the file"
+
+
+def _preprocess(settings: Settings) -> Preprocess:
+    """The pre-processing, where something cannot do without. Raises :class:`UsageError`."""
+    if settings.preprocess is None:
+        raise UsageError("--input uint8 needs to know what becomes of a pixel: give --size, --mean and --std")
+    return Preprocess.from_dict(settings.preprocess)
 
 
 def chosen_recipe(settings: Settings) -> Recipe:
@@ -344,7 +362,17 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
     failure: ParityError | None = None
     try:
         parity = stages.run(
-            "export and prove", lambda: export_onnx(m, out / MODEL, metadata=told, container=settings.container)
+            "export and prove",
+            lambda: export_onnx(
+                m,
+                out / MODEL,
+                metadata=told,
+                container=settings.container,
+                static_batch=settings.static_batch,
+                input_names=settings.input_names or None,
+                output_names=settings.output_names or None,
+                input_type=settings.input_type,
+            ),
         )
     except ParityError as error:
         failure = error
@@ -353,13 +381,23 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
         raise
     if parity is not None:
         note_proof(out / MODEL, parity)
-        stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
+        if _portable(settings, m):
+            stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
+    if settings.encodings and failure is None:
+        stages.run("encodings", lambda: export_encodings(m, out))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
     described["stages"] = stages.rows
     write_summary(out, described)
     if failure is not None:
         raise failure
     return described
+
+
+def _portable(settings: Settings, m: QModel) -> bool:
+    """Whether the file takes what the simulation takes, in ONNX Runtime, so that numpy and that engine can repeat the proof."""
+    ports = settings.static_batch, settings.input_names, settings.output_names
+    plain = settings.input_type == "float32" and not any(ports)
+    return plain and m.target is not None and m.target.engine == "onnxruntime"
 
 
 def _describe(

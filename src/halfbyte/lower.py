@@ -121,7 +121,8 @@ def lower(m: QModel) -> QModel:
         _lower_node(low, node)
     drop_dead(low.graph)
     used = {str(n.target) for n in low.graph.nodes if n.op == "get_attr"}
-    return replace(m.as_float(), graph=low.graph, params={k: v for k, v in low.params.items() if k in used})
+    params = {k: v for k, v in low.params.items() if k in used}
+    return replace(m.as_float(), graph=low.graph, params=params, target=m.target)
 
 
 def _lower_node(low: _Lowering, node: fx.Node) -> None:

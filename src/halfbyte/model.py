@@ -50,8 +50,8 @@ class Target:
     integer: kinds of operation (``Kind.value``) with an integer kernel. float_output: those whose kernel may write floats, so
     that no quantizer is needed behind them.
     per_channel: one weight scale for each output channel. narrow_products: on CPUs that add pairs of 8-bit products in 16
-    bits, weights are held so small that no pair can saturate. bias_bits: how biases are stored. engine: who runs and proves the
-    file.
+    bits, weights are held so small that no pair can saturate. fused_sums: a layer adds another value before it rounds, so that its
+    own result has no codes. bias_bits: how biases are stored. engine: who runs and proves the file.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Target:
     widths: tuple[int, ...] = tuple(range(2, 17))
     narrow_products: bool = False
     signed_activations: bool = False
+    fused_sums: bool = False
     bias_bits: int = 32
 
 

@@ -108,6 +108,7 @@ _register(
     "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, int bits, str name) -> Tensor",
     _dequantize,
 )
+_register("named(Tensor x, str name) -> Tensor", lambda x, name: x.view_as(x))
 _register("clamp_channels(Tensor x, Tensor lower, Tensor upper) -> Tensor", _clamp)
 _register("clip_codes(Tensor codes, Tensor lo, Tensor hi) -> Tensor", _clamp)
 
@@ -119,6 +120,7 @@ REQUANTIZE = torch.ops.halfbyte.requantize.default
 QUANTIZE = torch.ops.halfbyte.quantize.default
 DEQUANTIZE = torch.ops.halfbyte.dequantize.default
 CLAMP_CHANNELS = torch.ops.halfbyte.clamp_channels.default  # limits [channels, 1, ...], behind equalization
+NAMED = torch.ops.halfbyte.named.default  # the same tensor; an exported file calls it by this name
 CLIP_CODES = torch.ops.halfbyte.clip_codes.default
 LINEAR = aten.linear.default
 LOWERED_LINEAR = torch.ops.halfbyte.linear.default  # its weight is stored [inputs, outputs], as the engines multiply it

@@ -43,6 +43,10 @@ class Parity:
     float_max_steps: quantized values behind float operations, and the largest distance in steps of their grid (at most 1).
     output_max_difference: of the network's outputs, absolute. simulation_agreement: share of samples on which the float
     simulation takes the same decision (largest output) as the file. kernels, float_nodes: what the engine really runs.
+
+    An engine that rounds in another order (OpenVINO) may be one step away: integer_max_steps is the largest distance, differing
+    the values concerned, each with its count of elements and largest distance; observed_alike says whether the copy of the file
+    in which they were observed gives the same bits as the file (further outputs can make the engine order a sum differently).
     """
 
     proven: bool
@@ -62,14 +66,22 @@ class Parity:
     float_nodes: tuple[tuple[str, str], ...] = ()
     engine_name: str = "ONNX Runtime"
     provider: str = engine.PROVIDER
+    integer_max_steps: int = 0
+    differing: tuple[tuple[str, int, int], ...] = ()
+    observed_alike: bool = True
 
     def __str__(self) -> str:
         where = f"{self.engine_name} {self.engine_version} ({self.provider}, {self.instruction_set})"
         if not self.proven:
             return f"not proven on {where}: {self.first_difference or 'no samples'}"
+        compared = f"{self.integer_values} integer values, {self.integer_elements} elements on {self.samples} samples"
+        if not self.integer_mismatches:
+            return f"proven equal on {where}: {compared}, no difference"
+        names = ", ".join(name for name, _, _ in self.differing[:3]) + (", ..." if len(self.differing) > 3 else "")
         return (
-            f"proven equal on {where}: {self.integer_values} integer values, {self.integer_elements} elements on "
-            f"{self.samples} samples, no difference"
+            f"proven within {self.integer_max_steps} step on {where}: {compared}; {self.integer_mismatches} elements of "
+            f"{len(self.differing)} values differ ({names}), {self.simulation_agreement:.2%} of the decisions are equal"
+            + ("" if self.observed_alike else " (observed in a copy of the file that orders some sums differently)")
         )
 
 
@@ -128,7 +140,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         forced = run_integer(low, batch, _comparing(count, codes, written))
         _compare_outputs(count, low, forced, outputs)
         simulated = run_simulated(low, batch)
-        agreed += _same_decisions(simulated[0], torch.from_numpy(outputs[0]))
+        agreed += same_decisions(simulated[0], torch.from_numpy(outputs[0]))
         farthest = max(
             farthest,
             *(
@@ -236,7 +248,7 @@ def from_integers(node: fx.Node) -> bool:
     return node.target in FLOAT_WRITERS and runs_in_integers(node)
 
 
-def _same_decisions(a: Tensor, b: Tensor) -> int:
+def same_decisions(a: Tensor, b: Tensor) -> int:
     """Samples whose largest output is at the same place in both."""
     if a.ndim < 2:
         return int((a == b).sum()) if a.ndim == 1 else len(a) if a.ndim else 1

@@ -129,12 +129,25 @@ def place(
     if not uniform:
         log += _spared(m.graph, plan, ties)
     log += apply_overrides(m.graph, plan, ties, overrides)
+    log += _in_accumulators(m.graph, plan, marks)
     log += _left_in_float(m.graph, plan, marks)
     if not any(plan.values()):
         raise PlacementError(
             "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
         )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
+
+
+def _in_accumulators(graph: fx.Graph, plan: dict[str, Format | None], marks: _Marks) -> list[LogEntry]:
+    """A layer that alone goes into a sum is not rounded in front of it; of two such layers, the first operand."""
+    log = []
+    for node in graph.nodes if marks.target.fused_sums else ():
+        if kind(node) is Kind.ADD and node in marks.integer:
+            alone = [n for n in node.all_input_nodes if kind(n) in COMPUTE and n in marks.integer and len(n.users) == 1]
+            for layer in alone[:1] if len(node.all_input_nodes) == 2 else []:
+                plan[value_name(layer)] = None
+                log.append(LogEntry("place", value_name(layer), "not rounded: the layer adds the other operand first"))
+    return log
 
 
 def _ends(every: list[fx.Node]) -> list[fx.Node]:

@@ -162,7 +162,8 @@ def _sentence(summary: Mapping[str, Any]) -> str:
         parts.append(f"{_number(abs(points), 1)}{spread} points {where} float{seen}")
     parity = summary.get("parity") or {}
     if parity.get("proven") is True:
-        parts.append(f"proven equal on {_engine(parity)}")
+        steps = parity.get("integer_max_steps")
+        parts.append(f"proven {f'within {steps} step' if steps else 'equal'} on {_engine(parity)}")
     sentence = ", ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
 

@@ -63,6 +63,7 @@ def describe(
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
+            **({"openvino": parity.engine_version} if parity is not None and parity.engine_name == "OpenVINO" else {}),
         },
         "machine": {
             "instruction_set": engine.instruction_set(),
@@ -110,6 +111,9 @@ def parity_dict(p: Parity) -> dict[str, Any]:
         "float_max_steps": p.float_max_steps,
         "output_max_difference": p.output_max_difference,
         "simulation": {"top1_agreement": p.simulation_agreement, "max_difference": p.simulation_max_difference},
+        "integer_max_steps": p.integer_max_steps,
+        "observed_alike": p.observed_alike,
+        "differing": [{"name": n, "elements": count, "steps": steps} for n, count, steps in p.differing],
         "first_difference": None if first is None else asdict(first),
         "kernels": dict(p.kernels),
         "float_nodes": [{"op": o, "name": n} for o, n in p.float_nodes],

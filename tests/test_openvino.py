@@ -1,0 +1,145 @@
+"""OpenVINO as an engine: its results are those of the integer evaluation to a step, in integers, and what differs is named."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import halfbyte as hb
+import tiny
+from halfbyte import engines, targets
+from halfbyte.benchmark import benchmark, float_file
+from halfbyte.evaluate import forwards
+from halfbyte.parity_openvino import compare_openvino
+
+needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is optional")
+
+
+class Residual(nn.Module):
+    """A sum of two layers, one of a layer and what another has written, and a strided convolution of one tap."""
+
+    def __init__(self, swapped: bool = False) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = (nn.Conv2d(i, 16, 3, padding=1) for i in (3, 16, 16))
+        self.short, self.down, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 8, 1, stride=2), nn.Linear(8, 5)
+        self.third, self.swapped = nn.Conv2d(16, 16, 1), swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y, s = self.second(torch.relu(self.first(x))), self.short(x)
+        z = torch.relu(s + y if self.swapped else y + s)
+        z = z + self.third(z)
+        return self.last(torch.relu(self.down(z)).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def quantized(net: nn.Module, x: Tensor, **options: Any) -> hb.QModel:
+    return hb.quantize(hb.capture(net.eval(), x[:2]), [x], target="openvino", **options)
+
+
+@needs_openvino
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4)])
+def test_a_residual_network_runs_in_integers_and_is_proven(
+    tmp_path: Path, swapped: bool, bits: tuple[int, int]
+) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    m = quantized(Residual(swapped), x, weight_bits=bits[0], activation_bits=bits[1], recipe="default")
+    p = hb.export_onnx(m, tmp_path / "net.onnx", samples=(torch.randn(8, 3, 16, 16),))
+    assert p.proven and p.engine_name == "OpenVINO"
+    assert p.float_nodes == () and p.kernels["Convolution"] == 6
+    assert p.integer_max_steps <= 1 and p.integer_mismatches <= 1e-3 * p.integer_elements
+    assert {"stem", "first"} & {n.split(".")[0] for n in m.plan}  # names of the network
+
+
+@needs_openvino
+def test_a_layer_in_front_of_a_sum_is_not_rounded(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    m = quantized(Residual(), x)
+    assert m.plan["second"] is None and m.plan["third"] is None and m.plan["short"] is not None
+    assert any(e.value == "third" and "adds the other operand" in e.message for e in m.log)
+    other = hb.quantize(hb.capture(Residual().eval(), x[:2]), [x], target="onnxruntime")
+    assert other.plan["second"] is not None
+
+
+@needs_openvino
+def test_a_damaged_file_is_not_proven(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    m = quantized(Residual(), x)
+    hb.export_onnx(m, tmp_path / "net.onnx")
+    file = onnx.load(str(tmp_path / "net.onnx"))
+    for t in file.graph.initializer:
+        if t.name == "first:bias:codes":
+            t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t) + 3000, t.name))
+    onnx.save(file, str(tmp_path / "damaged.onnx"))
+    p = compare_openvino(hb.lower(m), tmp_path / "damaged.onnx", (x,))
+    assert not p.proven and p.first_difference is not None
+    assert p.first_difference.value.startswith("relu")
+    assert p.differing[0][0] == p.first_difference.value and p.differing[0][1] > 100
+
+
+@needs_openvino
+def test_strided_convolutions_of_one_tap_compute_what_they_did(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 15, 17)
+    m = quantized(Residual(), x)
+    hb.export_onnx(m, tmp_path / "net.onnx")
+    nodes = onnx.load(str(tmp_path / "net.onnx")).graph.node
+    strides = [list(a.ints) for n in nodes if n.op_type == "Conv" for a in n.attribute if a.name == "strides"]
+    assert strides == [[1, 1]] * 6 and sum(n.op_type == "MaxPool" for n in nodes) == 1
+    way = forwards(m, tmp_path / "net.onnx")
+    assert torch.allclose(way["file"](x), way["simulation"](x), atol=0.05 * float(way["float"](x).abs().max()))
+
+
+@needs_openvino
+def test_benchmark_compares_with_float32_and_bfloat16(tmp_path: Path) -> None:
+    m = quantized(Residual(), torch.randn(8, 3, 16, 16))
+    hb.export_onnx(m, tmp_path / "net.onnx")
+    float_file(m, tmp_path / "float.onnx")
+    result = benchmark(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1)
+    assert result.engine.startswith("OpenVINO ") and result.bfloat16_ms is not None and result.bfloat16_ms > 0
+    assert result.bfloat16_ratio is not None and "bfloat16" in str(result)
+
+
+@needs_openvino
+def test_the_command_line_proves_with_openvino(tmp_path: Path) -> None:
+    out = tiny.quantized(tmp_path, "--target", "openvino")
+    result = tiny.halfbyte("benchmark", out, "--rounds", 3, "--threads", 1)
+    assert result.exit_code == 0 and "bfloat16" in result.output, result.output
+
+
+def test_openvino_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    data = tiny.array(tmp_path / "x.npy")
+    result = tiny.halfbyte(
+        "quantize",
+        tiny.network(tmp_path, "pair"),
+        "--calibration",
+        data,
+        "-o",
+        tmp_path / "out",
+        "--target",
+        "openvino",
+    )
+    assert result.exit_code == 2 and "pip install 'halfbyte[openvino]'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(hb.UsageError, match="no engine 'tensorrt'"):
+        engines.require("tensorrt")
+
+
+def test_both_variants_of_the_target_follow_the_cpu() -> None:
+    assert targets.find("openvino", saturates=True).narrow_products
+    assert not targets.find("openvino", saturates=False).narrow_products
