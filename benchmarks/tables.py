@@ -112,8 +112,8 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "before on the same machine. *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the",
         "method over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was",
         "taken. Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work",
-        "ran on the machine, so seconds and passes are upper bounds. The rows of EfficientNet-lite0, MobileNetV2 and ResNet50 are from",
-        "before the recipe absorbed biases, rounding had a damping of its own, and sums kept 8 bits beside 4-bit copies.",
+        "ran on the machine, so seconds and passes are upper bounds. The rows W3A8 and W4A4 of EfficientNet-lite0 are from before the",
+        "recipe absorbed biases, rounding had a damping of its own, and sums kept 8 bits beside 4-bit copies.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
