@@ -22,6 +22,7 @@ from halfbyte.graph import (
     is_output,
     is_real,
     layers,
+    replace_uses,
     tensor_inputs,
     tensors,
     weight_of,
@@ -135,6 +136,15 @@ def place(
             "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
         )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
+
+
+def unplaced(m: QModel) -> QModel:
+    """The float network under a placed one, free of the copies that :func:`place` inserts for integer kernels."""
+    graph = editable(m.graph)
+    for node in [n for n in graph.nodes if n.target is REQUANTIZE]:
+        replace_uses(node, tensor_inputs(node)[0])
+        graph.erase_node(node)
+    return replace(m.as_float(), graph=graph)
 
 
 def _ends(every: list[fx.Node]) -> list[fx.Node]:
