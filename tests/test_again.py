@@ -168,8 +168,7 @@ def test_earlier_pictures_are_used_unless_others_are_given(tmp_path: Path) -> No
     shutil.copytree(photos, tmp_path / "others")
     for name, options, data, std in (
         ("same", (), "photos", 64),
-        ("others", ("--calibration", tmp_path / "others"), "others", 64),
-        ("std", (*size[:-1], 32), "photos", 32),
+        ("others", ("--calibration", tmp_path / "others", *size[:-1], 32), "others", 32),
     ):
         result = halfbyte("quantize", first, "-o", tmp_path / f"out-{name}", *options, *common)
         assert result.exit_code == 0, result.output

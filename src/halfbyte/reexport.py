@@ -1,5 +1,6 @@
 """Another file from an earlier result: in another container, or for another target that runs the same integers."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,8 +37,8 @@ def export_job(
     found = differences(m, where)
     if found:
         raise UsageError(
-            f"'{source}' cannot be written for {where.name}: {'; '.join(found)}: quantize again, as in "
-            f"'halfbyte quantize {source} --target {target or settings.target} -o {out}'"
+            f"'{source}' cannot be written for {where.name}: {'; '.join(found)}: quantize again: halfbyte "
+            + shlex.join(["quantize", str(source), "--target", target or settings.target, "-o", str(out)])
         )
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"the output folder '{out}' exists: use --overwrite to replace it, or another -o")
@@ -51,7 +52,8 @@ def export_job(
     stages = Stages(progress)
     save_progress(out, settings, m, stages)
     # the last option counts, so that this quantizes to the same
-    command = f"{described['command']} --target {settings.target} --container {settings.container} -o {out}"
+    options = ["--target", settings.target, "--container", settings.container, "-o", str(out)]
+    command = f"{described['command']} {shlex.join(options)}"
     return finish(out, settings, m, stages, command, described["configuration"]["recipe"])
 
 
