@@ -10,6 +10,7 @@ import click
 
 from halfbyte import __version__
 from halfbyte import cli_daily as daily
+from halfbyte.cli_again import earlier, export
 from halfbyte.cli_config import Configured
 from halfbyte.cli_diagnose import check_limit, check_search, diagnose
 from halfbyte.cli_tradeoff import tradeoff
@@ -190,7 +191,11 @@ def quantize(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Quantize NETWORK (file.py:callable, package.module:callable or net.pt2), export it to ONNX and prove the file."""
+    """Quantize NETWORK, export it to ONNX and prove the file.
+
+    NETWORK is file.py:callable, package.module:callable, net.pt2, or an earlier result, whose float network is quantized again;
+    its data and pre-processing are used again, too, unless others are given.
+    """
     if calibration is not None and data_free:
         raise UsageError("--calibration and --data-free contradict each other: choose one")
     if bits is not None and (weight_bits is not None or activation_bits is not None):
@@ -199,17 +204,18 @@ def quantize(
         raise UsageError("--resume and --overwrite contradict each other: choose one")
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
+    calibration, data_free, before = earlier(network, calibration, data_free, options)
     check_search(calibration, options)
     from halfbyte.formats import parse_widths
 
     bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
     parse_widths(bits)
-    preprocess = preprocess_from(options)
+    preprocess = preprocess_from(options, before)
     options["time_limit"] = _seconds(options["time_limit"])
     from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
 
     if not dry_run:
-        check_output(Path(output), resume=resume, overwrite=overwrite)
+        check_output(Path(output), resume=resume, overwrite=overwrite, source=network)
     use_threads(threads)
     settings = Settings(
         network=network,
@@ -488,6 +494,7 @@ def completion(shell: str) -> None:
 
 main.add_command(tradeoff)
 main.add_command(diagnose)
+main.add_command(export)
 for _command_of_daily_use in daily.COMMANDS:
     main.add_command(_command_of_daily_use)
 

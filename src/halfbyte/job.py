@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,16 +23,18 @@ from halfbyte.encodings import ENCODINGS, FLOAT_FILE, export_encodings
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import Bits, parse_widths
+from halfbyte.graph import by_value
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parity import Parity
-from halfbyte.place import place
+from halfbyte.parts import RESIDUAL, SECOND
+from halfbyte.place import place, unplaced
 from halfbyte.ports import InputType, pixel_grid, pixel_range, takes_pixels
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
-from halfbyte.provenance import Hashed, metadata, note_data, note_proof, note_weights
+from halfbyte.provenance import Hashed, metadata, note_data, note_proof, note_weights, only_weights
 from halfbyte.quantize import choice_of, default_recipe, load_samples, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.search import search
@@ -160,8 +162,10 @@ def parse_ranges(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """An existing folder is nobody's to overwrite unasked."""
+def check_output(folder: Path, *, resume: bool, overwrite: bool, source: str = "") -> None:
+    """An existing folder is nobody's to overwrite unasked, least of all the one that the work starts from."""
+    if folder.is_dir() and Path(source).is_dir() and folder.samefile(source or "."):
+        raise UsageError(f"the output '{folder}' is the result that this starts from: name another folder with -o")
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -176,7 +180,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so {what}")
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove an earlier result, and nothing that somebody else has put beside it."""
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     for name in (MODEL, PROOF, UNPROVEN, SUMMARY, REPORT, ENCODINGS, FLOAT_FILE):
@@ -197,7 +201,7 @@ def quantize_job(
     notice: is told what is known before the long part of the work begins.
     """
     out = Path(settings.output)
-    check_output(out, resume=resume, overwrite=overwrite)
+    check_output(out, resume=resume, overwrite=overwrite, source=settings.network)
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     if settings.input_type == "uint8":
@@ -216,7 +220,7 @@ def quantize_job(
         if new and not (out / CHECKPOINT / LAYERS).exists() and not (out / CHECKPOINT / "graph.json").exists():
             shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run
         raise
-    return _finish(out, settings, m, stages, command)
+    return finish(out, settings, m, stages, command, recipe.to_dict())
 
 
 def _quantized(
@@ -229,7 +233,7 @@ def _quantized(
     pixels = settings.input_type == "uint8"
     if m is None:
         if overwrite and out.exists():
-            _clear(out)
+            clear(out)
         if recipe.has("reconstruct"):
             _begin(out, settings)
         made = stages.run("capture", lambda: note_weights(network_of(settings)))
@@ -263,7 +267,7 @@ def _quantized(
             ),
         )
         m = takes_pixels(note_data(m, data), _preprocess(settings)) if pixels else note_data(m, data)
-        _save_progress(out, settings, m, stages)
+        save_progress(out, settings, m, stages)
     else:
         stages.rows = list(_read_state(out).get("stages", []))
     return m, stages
@@ -345,7 +349,20 @@ def network_of(settings: Settings) -> QModel:
 
 
 def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
-    """Open and capture a network; its example inputs come with it, or follow from the pre-processing."""
+    """Open and capture a network; its example inputs come with it, or follow from the pre-processing.
+
+    network: as for ``open_network``, or the folder of an earlier result, which holds its float network.
+    """
+    if Path(network).is_dir():
+        if checkpoint is not None:
+            raise UsageError(f"'{network}' holds the weights of its network: leave out --checkpoint")
+        earlier_settings(Path(network))  # raises for other folders
+        m = load(Path(network) / CHECKPOINT)
+        if any(SECOND in name or RESIDUAL in name for name in by_value(m.graph)):
+            raise UsageError(
+                f"layers of '{network}' were split into several tensors: quantize the network itself again"
+            )
+        return replace(only_weights(unplaced(m)), samples=(), calibrated=0)
     net, example = open_network(network, checkpoint=checkpoint, trust=trust)
     if example is None and preprocess is not None:
         example = (torch.zeros(2, preprocess.channels, *preprocess.shape),)
@@ -356,8 +373,11 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
     return capture(net, example)
 
 
-def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: str) -> dict[str, Any]:
-    told = metadata(m, settings.without_folders(), chosen_recipe(settings).to_dict())
+def finish(
+    out: Path, settings: Settings, m: QModel, stages: Stages, command: str, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the file, prove it, and describe all in ``summary.json`` and the report. Raises :class:`ParityError`."""
+    told = metadata(m, settings.without_folders(), recipe)
     parity: Parity | None = None
     failure: ParityError | None = None
     try:
@@ -385,7 +405,7 @@ def _finish(out: Path, settings: Settings, m: QModel, stages: Stages, command: s
             stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
     if settings.encodings and failure is None:
         stages.run("encodings", lambda: export_encodings(m, out))
-    described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command))
+    described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command, recipe))
     described["stages"] = stages.rows
     write_summary(out, described)
     if failure is not None:
@@ -401,8 +421,9 @@ def _portable(settings: Settings, m: QModel) -> bool:
 
 
 def _describe(
-    out: Path, settings: Settings, m: QModel, parity: Parity | None, stages: Stages, command: str
-) -> dict[str, Any]:
+    out: Path, settings: Settings, m: QModel, parity: Parity | None, stages: Stages, command: str,
+    recipe: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     return summary.describe(
         m,
         network=settings.network,
@@ -410,7 +431,7 @@ def _describe(
         configuration={
             **settings.to_dict(),
             "calibration_samples": m.calibrated,
-            "recipe": chosen_recipe(settings).to_dict(),
+            "recipe": dict(recipe),
         },
         seed=settings.seed,
         file=out / MODEL if parity is not None else None,
@@ -429,7 +450,8 @@ def _begin(out: Path, settings: Settings) -> None:
     _write(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": []}))
 
 
-def _save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
+def save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
+    """Store the quantized model, so that nothing but the file and its proof is left to do. Raises :class:`StoreError`."""
     found = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -452,6 +474,18 @@ def _read_state(out: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def earlier_settings(out: Path) -> Settings:
+    """What an earlier result was made with. Raises :class:`StoreError` if the folder holds none."""
+    found = _read_state(out).get("configuration")
+    if not isinstance(found, dict) or not (out / CHECKPOINT / "graph.json").is_file():
+        raise StoreError(f"'{out}' holds no finished result of 'halfbyte quantize', nor a network")
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    try:
+        return Settings(output=str(out), **given)
+    except TypeError as error:
+        raise StoreError(f"'{out}' was written by another version of halfbyte: quantize again") from error
 
 
 def _resumed(out: Path, settings: Settings) -> QModel | None:

@@ -22,6 +22,7 @@ from halfbyte.graph import (
     is_output,
     is_real,
     layers,
+    replace_uses,
     tensor_inputs,
     tensors,
     weight_of,
@@ -148,6 +149,15 @@ def _in_accumulators(graph: fx.Graph, plan: dict[str, Format | None], marks: _Ma
                 plan[value_name(layer)] = None
                 log.append(LogEntry("place", value_name(layer), "not rounded: the layer adds the other operand first"))
     return log
+
+
+def unplaced(m: QModel) -> QModel:
+    """The float network under a placed one, free of the copies that :func:`place` inserts for integer kernels."""
+    graph = editable(m.graph)
+    for node in [n for n in graph.nodes if n.target is REQUANTIZE]:
+        replace_uses(node, tensor_inputs(node)[0])
+        graph.erase_node(node)
+    return replace(m.as_float(), graph=graph)
 
 
 def _ends(every: list[fx.Node]) -> list[fx.Node]:

@@ -21,13 +21,20 @@ _WEIGHTS, _DATA = "weights", "calibration"
 
 
 def note_weights(m: QModel) -> QModel:
-    """The captured network, with the SHA-256 of its names, types, shapes and parameters in the log."""
+    """The captured network, with the SHA-256 of its names, types, shapes and parameters in the log, unless one is there."""
+    if only_weights(m).log:
+        return m
     digest = hashlib.sha256()
     for name in sorted(m.params):
         t = m.params[name].detach().cpu().contiguous()
         digest.update(f"{name} {t.dtype} {list(t.shape)};".encode())
         digest.update(t.numpy().tobytes())
     return m.logged(_entry(_WEIGHTS, digest.hexdigest()))
+
+
+def only_weights(m: QModel) -> QModel:
+    """The model with nothing in its log but the digest of the weights that it was captured with."""
+    return replace(m, log=tuple(e for e in m.log if e.stage == _STAGE and _WEIGHTS in e.figures))
 
 
 def note_data(m: QModel, data: "Hashed | None") -> QModel:
