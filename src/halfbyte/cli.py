@@ -69,7 +69,7 @@ def _no_weights(_: click.Context, __: click.Parameter, value: str | None) -> Non
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return () if value is None else tuple(name.strip() for name in value.split(","))
+    return tuple(name.strip() for name in value.split(",")) if value else ()
 
 
 @main.command(cls=Configured)

@@ -137,6 +137,10 @@ def _of_model(file: str) -> dict[str, Any]:
     preprocess = values.pop("preprocess", None) or {}
     if values.get("time_limit") is not None:
         values["time_limit"] = f"{values['time_limit']}s"
-    values |= {"set": values.pop("sets", []), "range": values.pop("ranges", [])}
+    values |= {
+        "set": values.pop("sets", []),
+        "range": values.pop("ranges", []),
+        "input": values.pop("input_type", None),
+    }
     values["data_free"] = values.get("calibration") is None
     return {k: v for k, v in {**values, **preprocess}.items() if v is not None}

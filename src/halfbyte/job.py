@@ -308,7 +308,7 @@ def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
         uniform=settings.uniform, overrides=settings.overrides,
     )  # fmt: skip
     found = sizes(placed, settings.container)
-    return f"weights {found.logical_bytes / 1e6:.2f} MB logical, about {found.file_bytes / 1e6:.2f} MB in the file"
+    return f"weights {found.logical_bytes / 1e6:.3g} MB logical, about {found.file_bytes / 1e6:.3g} MB in the file"
 
 
 def _preprocess(settings: Settings) -> Preprocess:
