@@ -23,7 +23,7 @@ from classification import float_pass
 from dfq import RESULTS, Reference, environment, images_of, save, zoo
 from halfbyte.errors import UsageError
 from halfbyte.job import Stages
-from halfbyte.mixed import prepared, widths
+from halfbyte.mixed import widths
 from halfbyte.quantize import context
 from halfbyte.recipe import load_recipe
 from halfbyte.sensitivity import output_loss
@@ -64,14 +64,17 @@ class Network:
             return found
 
         start = time.perf_counter()
-        found = prepared(make, choice, self.batches)
-        whole = time.perf_counter() - start
+        candidates = {pair: make(pair) for pair in choice.pairs}
+        made = time.perf_counter()
+        table = hb.sensitivity(candidates, self.batches, metric="outputs")
+        allocation = time.perf_counter() - made
+        costs = hb.costs(candidates)
 
         def measured(q: hb.QModel) -> float:
             return output_loss(q, self.test, metric="outputs", samples=MEASURED)
 
-        rows = [{"kind": "uniform", "label": str(b), "loss": measured(q)} for b, q in found.candidates.items()]
-        points = hb.front(found.candidates, found.table, by="logical_size", points=POINTS, costs=found.costs)
+        rows = [{"kind": "uniform", "label": str(b), "loss": measured(q)} for b, q in candidates.items()]
+        points = hb.front(candidates, table, by="logical_size", points=POINTS, costs=costs)
         for a in points:
             row = {
                 "kind": "programme",
@@ -79,37 +82,30 @@ class Network:
                 "size": a.shares["size"],
                 "predicted": a.loss,
             }
-            rows.append({**row, "loss": measured(hb.select(found.candidates, a))})
+            rows.append({**row, "loss": measured(hb.select(candidates, a))})
             try:
                 budget = hb.Budget(logical_size=a.costs["logical_size"] + 0.5)
-                b = hb.greedy(found.candidates, found.table, budget, costs=found.costs)
+                b = hb.greedy(candidates, table, budget, costs=costs)
                 rows.append({"kind": "greedy", "share": b.shares["logical_size"], "predicted": b.loss,
-                             "loss": measured(hb.select(found.candidates, b))})  # fmt: skip
+                             "loss": measured(hb.select(candidates, b))})  # fmt: skip
             except UsageError as error:
                 rows.append({"kind": "greedy", "impossible": str(error)})
         own = [r for r in rows if r["kind"] == "programme"]
-        start = time.perf_counter()
-        hb.sensitivity(found.candidates, self.batches, metric="outputs")
-        allocation = time.perf_counter() - start
         for row in rows:
             if row["kind"] == "uniform":
                 pair = hb.bits(row["label"])
-                u = dict.fromkeys(found.table.losses, pair.weights)
+                u = dict.fromkeys(table.losses, pair.weights)
                 row["share"] = (
-                    found.costs.total(self._complete(found, u))["logical_size"] / found.costs.reference["logical_size"]
+                    costs.total(units(candidates).complete(u))["logical_size"] / costs.reference["logical_size"]
                 )
         return {
             "rows": rows,
             "rank_correlation": float(spearmanr([r["predicted"] for r in own], [r["loss"] for r in own]).statistic),
             "descent_seconds": seconds,
-            "candidates_seconds": whole,
+            "candidates_seconds": made - start,
             "sensitivity_seconds": allocation,
             "allocation_over_descent": (sum(seconds.values()) + allocation) / (len(seconds) * statistics.median(seconds.values())),
         }  # fmt: skip
-
-    @staticmethod
-    def _complete(found: Any, choice: dict[str, int]) -> dict[str, int]:
-        return units(found.candidates).complete(choice)
 
     def files(self) -> list[dict[str, Any]]:
         """Exported networks under budgets."""

@@ -10,10 +10,10 @@ from halfbyte.errors import UsageError
 from halfbyte.sensitivity import SensitivityTable
 
 Amount = float | str
-_BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 _UNITS: Mapping[str, Mapping[str, float]] = {
-    "size": _BYTES,
-    "logical_size": {**{k: 8 * v for k, v in _BYTES.items()}, "bit": 1.0, "kbit": 1e3, "Mbit": 1e6},
+    "size": BYTES,
+    "logical_size": {**{k: 8 * v for k, v in BYTES.items()}, "bit": 1.0, "kbit": 1e3, "Mbit": 1e6},
     "bops": {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     "drop": {},

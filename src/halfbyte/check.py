@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from halfbyte.benchmark import against_float
+from halfbyte.budgets import BYTES
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import ParityError, UsageError
@@ -17,7 +18,7 @@ from halfbyte.model import QModel
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import decisions, open_data
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"": 1.0, **{unit.lower(): size for unit, size in BYTES.items()}}
 _ROUNDS = 30
 
 

@@ -69,7 +69,9 @@ def compare(
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
         found = put(outputs, preprocess=preprocess, threads=use_threads(threads), progress=progress, **options)
     if html is not None:
-        html.write_text(found.to_html(), encoding="utf-8")
+        from halfbyte.store import write_whole
+
+        write_whole(html, found.to_html())
     show(as_json, quiet, found.to_dict(), str(found))
 
 

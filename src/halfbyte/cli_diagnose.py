@@ -15,14 +15,11 @@ from halfbyte.console import (
     show,
     use_threads,
 )
-
-LIMIT_MISSED = 3
+from halfbyte.errors import LimitError, UsageError
 
 
 def check_search(calibration: str | None, options: dict[str, Any]) -> None:
     """Options that make no sense with, or without, the automatic recipe. Raises :class:`UsageError`."""
-    from halfbyte.errors import UsageError
-
     if options["max_drop"] is None:
         if options["validation"] is not None:
             raise UsageError("--validation is for --max-drop, which was not given")
@@ -42,7 +39,7 @@ def check_limit(described: dict[str, Any], quiet: bool) -> None:
     for entry in told:
         say(quiet, entry["message"])
     if not told[-1]["figures"]["reached"]:
-        raise SystemExit(LIMIT_MISSED)
+        raise SystemExit(LimitError.exit_code)
 
 
 @click.command()

@@ -175,13 +175,18 @@ def _map_real(args: Any) -> Any:
     return _real(args)
 
 
-def _quantize(args: tuple[Any, ...]) -> Tensor:
+def _coded(args: tuple[Any, ...], codes: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """What a kernel has pending, written; of real numbers the codes that ``codes(x, scale, zero-point)`` makes."""
     x, scale, zero, axis, _ = args
     info = torch.iinfo(zero.dtype)
     if isinstance(x, Pending):
         return x.write(scale, zero.float()).clamp(info.min, info.max)
     x = _real(x)
-    return (torch.round(x / _along(scale, x, axis)) + _along(zero.float(), x, axis)).clamp(info.min, info.max)
+    return codes(x, _along(scale, x, axis), _along(zero.float(), x, axis)).clamp(info.min, info.max)
+
+
+def _quantize(args: tuple[Any, ...]) -> Tensor:
+    return _coded(args, lambda x, scale, zero: torch.round(x / scale) + zero)
 
 
 def _requantized(acc: Tensor, scale: Tensor, axis: int) -> Pending:
@@ -314,13 +319,7 @@ class _Arithmetic:
 
 def _quantize_openvino(args: tuple[Any, ...]) -> Tensor:
     """A real number times the reciprocal scale, plus the zero-point, rounded last."""
-    x, scale, zero, axis, _ = args
-    info = torch.iinfo(zero.dtype)
-    if isinstance(x, Pending):
-        return x.write(scale, zero.float()).clamp(info.min, info.max)
-    x = _real(x)
-    codes = torch.round(x * _along(1 / scale, x, axis) + _along(zero.float(), x, axis))
-    return codes.clamp(info.min, info.max)
+    return _coded(args, lambda x, scale, zero: torch.round(x * (1 / scale) + zero))
 
 
 def _conv_openvino(

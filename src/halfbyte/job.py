@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -23,7 +22,7 @@ from halfbyte.encodings import ENCODINGS, FLOAT_FILE, export_encodings
 from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import Container, export_onnx
 from halfbyte.formats import Bits, parse_widths
-from halfbyte.graph import by_value
+from halfbyte.graph import by_value, output_values
 from halfbyte.model import QModel, Target
 from halfbyte.opening import open_network
 from halfbyte.overrides import Overrides, parse_overrides
@@ -39,7 +38,7 @@ from halfbyte.quantize import choice_of, default_recipe, load_samples, quantize
 from halfbyte.recipe import Recipe, check, load_recipe
 from halfbyte.search import search
 from halfbyte.sizes import sizes
-from halfbyte.store import load, save
+from halfbyte.store import load, save, write_whole
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
@@ -281,7 +280,7 @@ def _chosen(made: QModel, settings: Settings, data: Samples | None, **options: A
     (weight_bits,), (activation_bits,) = options.pop("weight_bits"), options.pop("activation_bits")
     validation = None
     if settings.validation is not None:
-        shape = next(n for n in made.graph.nodes if n.op == "output").args[0][0].meta["shape"]
+        shape = output_values(made.graph)[0].meta["shape"]
         classes = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
         names = [str(n.target) for n in made.inputs]
         validation = labelled(
@@ -447,7 +446,7 @@ def _begin(out: Path, settings: Settings) -> None:
         (out / CHECKPOINT).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot write to '{out}': {error.strerror or error}") from error
-    _write(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": []}))
+    write_whole(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": []}))
 
 
 def save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> None:
@@ -456,7 +455,7 @@ def save_progress(out: Path, settings: Settings, m: QModel, stages: Stages) -> N
     try:
         out.mkdir(parents=True, exist_ok=True)
         save(m, out / CHECKPOINT)
-        _write(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": stages.rows}))
+        write_whole(out / CHECKPOINT / STATE, json.dumps({"configuration": settings.to_dict(), "stages": stages.rows}))
         shutil.rmtree(out / CHECKPOINT / LAYERS, ignore_errors=True)
     except BaseException as error:  # an interruption too: half a checkpoint is none
         if found:
@@ -500,19 +499,9 @@ def _resumed(out: Path, settings: Settings) -> QModel | None:
     return load(out / CHECKPOINT) if (out / CHECKPOINT / "graph.json").is_file() else None
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
-
-
 def write_summary(out: Path, described: Mapping[str, Any]) -> None:
     """``summary.json`` and the report made from it."""
-    _write(out / SUMMARY, json.dumps(described, indent=1, allow_nan=False))
+    write_whole(out / SUMMARY, json.dumps(described, indent=1, allow_nan=False))
     report.write(described, out / REPORT)
 
 

@@ -18,7 +18,7 @@ from halfbyte.formats import Bits
 from halfbyte.latency import EngineLatency
 from halfbyte.model import Inputs, QModel
 from halfbyte.sensitivity import Metric, SensitivityTable, output_loss, sensitivity
-from halfbyte.units import Candidates, units
+from halfbyte.units import Candidates, Units, units
 
 SOLUTIONS = 6  # under perturbed losses, measured as whole networks
 _SAMPLES = 64
@@ -60,6 +60,7 @@ class Choosing:
     """Everything that a choice is made from."""
 
     candidates: Candidates
+    units: Units
     table: SensitivityTable
     costs: CostTable
 
@@ -82,7 +83,7 @@ def prepared(
         progress("candidates", done, len(choice.pairs))
         candidates[pair] = make(pair)
     table = sensitivity(candidates, data, metric=metric, samples=_SAMPLES, progress=progress)
-    return Choosing(candidates, table, costs(candidates, latency=EngineLatency() if timed else None))
+    return Choosing(candidates, units(candidates), table, costs(candidates, latency=EngineLatency() if timed else None))
 
 
 def chosen(found: Choosing, budget: Budget, data: Iterable[Inputs], *, seed: int = 0) -> QModel:
@@ -100,18 +101,17 @@ def chosen(found: Choosing, budget: Budget, data: Iterable[Inputs], *, seed: int
 
 def _choice(found: Choosing, pair: Bits) -> dict[str, int]:
     """The choice that a candidate itself is."""
-    u = units(found.candidates)
-    wanted = {unit: pair.activations if unit in u.groups else pair.weights for unit in u.open}
-    return u.complete(wanted)
+    u = found.units
+    return u.complete({unit: pair.activations if unit in u.groups else pair.weights for unit in u.open})
 
 
 def _uniform(found: Choosing, budget: Budget) -> list[Allocation]:
     """The candidates as they are, where they keep the budget."""
     kept = []
     for pair in found.candidates:
-        only: dict[str, int] = _choice(found, pair)
         with suppress(UsageError):  # it costs more than the budget
-            kept.append(allocate(found.candidates, found.table, budget, costs=found.costs, fixed=only))
+            fixed = _choice(found, pair)
+            kept.append(allocate(found.candidates, found.table, budget, costs=found.costs, fixed=fixed))
     return kept
 
 
@@ -173,7 +173,7 @@ def swept(
 
     Losses of single units add up only roughly: an optimum that turns out worse than a network of no higher cost is left out.
     """
-    kept, u = list(data), units(found.candidates)
+    kept, u = list(data), found.units
     metric: Metric = found.table.metric if found.table.metric in ("divergence", "outputs") else "outputs"
 
     def measured(m: QModel) -> float:
@@ -196,6 +196,6 @@ def swept(
 def _point(label: str, found: Choosing, choice: dict[str, int], loss: float, predicted: float | None) -> Point:
     total = found.costs.total(choice)
     shares = {k: v / found.costs.reference[k] for k, v in total.items() if found.costs.reference.get(k)}
-    u = units(found.candidates)
+    u = found.units
     weights, read = ({n: choice[n] for n in u.open if (n in u.groups) is group} for group in (False, True))
     return Point(label, total, shares, loss, predicted, weights, read)

@@ -1,9 +1,8 @@
 """Write ``proof.npz``: inputs and the integers that the simulation expects, for ``prove`` to repeat the proof elsewhere."""
 
 import hashlib
+import io
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte import engine
-from halfbyte.errors import ParityError, StoreError
+from halfbyte.errors import ParityError
 from halfbyte.export_onnx import example_inputs
 from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
@@ -22,6 +21,7 @@ from halfbyte.model import QModel, value_name
 from halfbyte.ops import CLIP_CODES, QUANTIZE
 from halfbyte.parity import exposed_values, from_integers, integer_written
 from halfbyte.prove import VERSION, Array, Engine, digest
+from halfbyte.store import write_whole
 
 SAMPLES = 4
 _INPUT_BYTES, _VALUE_BYTES = 4 << 20, 2 << 20  # what inputs and elements of values may take before compression
@@ -65,19 +65,10 @@ def write_proof(m: QModel, file: Path, path: Path) -> None:
         "inputs": len(samples),
         "values": records,
     }
-    _write(path, arrays, described)
-
-
-def _write(path: Path, arrays: Mapping[str, Array], described: Mapping[str, Any]) -> None:
     text = np.frombuffer(json.dumps(described).encode(), np.uint8)
-    part = path.with_name(f".{path.name}")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, description=text, **arrays)  # type: ignore[arg-type]
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+    packed = io.BytesIO()
+    np.savez_compressed(packed, description=text, **arrays)  # type: ignore[arg-type]
+    write_whole(path, packed.getvalue())
 
 
 def _expected(low: QModel, records: list[dict[str, Any]], runner: Engine, batch: tuple[Tensor, ...]) -> list[Array]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import halfbyte
 from halfbyte.data import Samples
-from halfbyte.errors import StoreError
 from halfbyte.loading import Batch
 from halfbyte.model import LogEntry, QModel
 from halfbyte.parity import Parity
 from halfbyte.prove import field as message_field
+from halfbyte.store import write_whole
 
 _STAGE = "provenance"
 _WEIGHTS, _DATA = "weights", "calibration"
@@ -96,10 +95,4 @@ def note_proof(file: Path, parity: Parity) -> None:
     }
     # metadata_props is field 14 of the model, a list of keys (field 1) and values (field 2)
     entry = message_field(1, b"halfbyte.proof") + message_field(2, json.dumps(told).encode())
-    part = file.with_name(f".{file.name}")
-    try:
-        part.write_bytes(file.read_bytes() + message_field(14, entry))
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StoreError(f"cannot write '{file}': {error.strerror or error}") from error
+    write_whole(file, file.read_bytes() + message_field(14, entry))

@@ -96,7 +96,8 @@ class Context:
     def at(self, pair: Bits) -> "Context":
         """The same for one of the widths alone."""
         kept = None if self.kept is None else self.kept / str(pair)
-        return replace(self, weight_bits=pair.weights, activation_bits=pair.activations, widths=None, kept=kept)
+        w, a = pair.weights, pair.activations
+        return replace(self, weight_bits=w, activation_bits=a, widths=None, choosing=self.widths, kept=kept)
 
     def few(self) -> list[Inputs]:
         """Some samples for steps that need only channel statistics, none of them held out."""
@@ -208,7 +209,7 @@ def _candidates(m: QModel, c: Context, method: str, metric: str, ranges: Mapping
         raise UsageError("widths are chosen by what the layers lose on data: give --calibration")
 
     def make(pair: Bits) -> QModel:
-        own = replace(c.at(pair), choosing=c.widths)
+        own = c.at(pair)
         candidate = _calibrate(_place(m, own), own, **ranges)
         if method == "nearest":
             return candidate

@@ -54,6 +54,17 @@ def save(m: QModel, folder: str | Path) -> None:
         ) from error
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all. Raises :class:`StoreError`."""
+    part = path.with_name(f".{path.name}")
+    try:
+        part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StoreError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
 def load(folder: str | Path) -> QModel:
     """Read a model that :func:`save` has written. Raises :class:`StoreError` for anything else."""
     folder = Path(folder)

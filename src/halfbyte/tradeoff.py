@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from halfbyte.budgets import SHOWN
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import StoreError, UsageError
@@ -18,6 +18,7 @@ from halfbyte.model import QModel, Target
 from halfbyte.preprocess import Preprocess
 from halfbyte.quantize import context, default_recipe, load_samples
 from halfbyte.recipe import Recipe, front_of, load_recipe
+from halfbyte.store import write_whole
 
 _WIDTH, _HEIGHT, _MARGIN = 760, 380, 56  # of the plot, in its own units
 _LEAST = 1e-7
@@ -78,9 +79,8 @@ def page(found: Tradeoff) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string(resources.files("halfbyte").joinpath("tradeoff.html.j2").read_text("utf-8"))
-    unit = {"size": "bytes", "logical_size": "bits", "bops": "bit operations", "latency": "seconds"}[found.by]
     return template.render(
-        found=found, rows=[at(p) for p in found.points], width=_WIDTH, height=_HEIGHT, margin=_MARGIN, unit=unit,
+        found=found, rows=[at(p) for p in found.points], width=_WIDTH, height=_HEIGHT, margin=_MARGIN, unit=SHOWN[found.by],
         ends={"sizes": (min(sizes), max(sizes)), "losses": (low, high)},
     )  # fmt: skip
 
@@ -92,12 +92,9 @@ def _log_share(value: float, low: float, high: float) -> float:
 
 def write(found: Tradeoff, folder: Path) -> None:
     """``tradeoff.json`` and ``tradeoff.html``, each whole or not at all. Raises :class:`StoreError`."""
-    texts = {"tradeoff.json": json.dumps(found.to_dict(), indent=1), "tradeoff.html": page(found)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            part = folder / f".{name}"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, folder / name)
     except OSError as error:
         raise StoreError(f"cannot write to '{folder}': {error.strerror or error}") from error
+    write_whole(folder / "tradeoff.json", json.dumps(found.to_dict(), indent=1))
+    write_whole(folder / "tradeoff.html", page(found))
