@@ -11,7 +11,7 @@ import halfbyte
 PACKAGE = Path(halfbyte.__file__).parent
 # Lowest first. A module imports from lower layers and from rows before it in its own.
 LAYERS: dict[int, str] = {
-    0: "errors formats affine",
+    0: "shown errors formats affine",
     1: "ops model graph chains run moments store",
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",

@@ -19,12 +19,13 @@ from halfbyte.errors import UsageError
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.model import QModel
 from halfbyte.ports import input_codes
+from halfbyte.shown import Shown
 
 _SHARE = 0.05  # the interval leaves out this share of the rounds' ratios on each side
 
 
-@dataclass(frozen=True)
-class Benchmark:
+@dataclass(frozen=True, repr=False)
+class Benchmark(Shown):
     """Median milliseconds of both, and the ratio float / quantized: median and 90 % spread over the rounds.
 
     bfloat16_ms, bfloat16_ratio: the same for the float file in bfloat16, where the engine has it; it may be slower than float32 on a

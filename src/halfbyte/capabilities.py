@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from halfbyte.lower import lower
 from halfbyte.model import QModel, Target
 from halfbyte.ops import Kind
 from halfbyte.place import place
+from halfbyte.shown import Shown, aligned
 from halfbyte.targets import find
 
 WIDTHS = tuple(Bits(w, a) for w, a in ((8, 8), (4, 8), (8, 4), (4, 4), (8, 16)))
@@ -60,8 +61,8 @@ class Capability:
     speed: float | None = None
 
 
-@dataclass(frozen=True)
-class Capabilities:
+@dataclass(frozen=True, repr=False)
+class Capabilities(Shown):
     """All operations of one target, on the engine and instruction set that they were measured on."""
 
     target: str
@@ -70,17 +71,11 @@ class Capabilities:
     threads: int
     rows: tuple[Capability, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         head = ("operation", "bits", "legal", "integer kernel", "weights in", "size", "speed")
         table = [head, *(_cells(r) for r in self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
         where = f"{self.target}: measured on {self.engine}, {self.instruction_set}, {self.threads} threads; speed: times float's"
-        return "\n".join([where, *lines])
+        return f"{where}\n{aligned(table)}"
 
     def speed(self, widths: Bits) -> float | None:
         """Of the timed operations at these widths, the median."""

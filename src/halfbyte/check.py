@@ -1,7 +1,7 @@
 """Limits on a result, each with the number that was measured: for a pipeline that must not ship what misses one."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from halfbyte.job import open_output
 from halfbyte.model import QModel
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import decisions, open_data
+from halfbyte.shown import Shown
 
 _UNITS = {"": 1.0, **{unit.lower(): size for unit, size in BYTES.items()}}
 _ROUNDS = 30
@@ -36,8 +37,8 @@ class Limit:
         return f"{'held  ' if self.held else 'MISSED'} {self.text}"
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, repr=False)
+class Check(Shown):
     """All limits that were asked for."""
 
     output: str
@@ -54,12 +55,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "output": self.output,
-            "held": self.held,
-            "proof": self.proof,
-            "limits": [asdict(limit) for limit in self.limits],
-        }
+        return {"held": self.held, **super().to_dict()}
 
 
 def parse_size(text: str | float) -> int:

@@ -396,23 +396,7 @@ def evaluate(
         result = score(m, source, file=file, metric=own, threads=use_threads(threads), progress=progress)
     described["evaluation"] = result.to_dict()
     write_summary(output, described)
-    show(as_json, quiet, described["evaluation"], _scores(result))
-
-
-def _scores(result: Any) -> str:
-    ways = [w for w in ("float", "simulation", "file") if any(w in s for s in result.scores.values())]
-    lines = [f"{result.samples} samples" if result.samples else "", f"{'':14}" + "".join(f"{w:>12}" for w in ways)]
-    for name, scores in result.scores.items():
-        lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
-    if result.difference is not None:
-        d = result.difference
-        lines.append(
-            f"difference from float: {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)"
-        )
-    if "file_simulation" in result.agreement:
-        lines.append(f"file and simulation decide alike on {result.agreement['file_simulation']:.2%} of the samples")
-    lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in result.disagreements[:20]]
-    return "\n".join(line for line in lines if line)
+    show(as_json, quiet, described["evaluation"], str(result))
 
 
 @main.command()

@@ -20,6 +20,7 @@ from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.ports import input_codes
 from halfbyte.run import run, simulate
+from halfbyte.shown import Shown, plain
 
 Forward = Callable[..., Tensor | Outputs]
 Metric = Callable[..., float | Mapping[str, float]]
@@ -36,8 +37,8 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Scores of the float network, the simulation and the file (those that were run), by metric.
 
     scores: metric -> way -> value in 0..1 (or the unit of a metric of one's own). difference: file (or simulation) minus
@@ -65,16 +66,35 @@ class Evaluation:
             "samples": self.samples,
             **first,
             **{m.replace("-", ""): s for m, s in others.items()},
-            "difference": None
-            if self.difference is None
-            else {k: _finite(v) for k, v in vars(self.difference).items()},
+            "difference": plain(self.difference),
             "agreement": dict(self.agreement),
             "disagreements": [{"index": i, "margin": margin} for i, margin in self.disagreements],
         }
 
+    def facts(self) -> dict[str, Any]:
+        """Samples, the difference from float, and a row for each metric."""
+        known = {
+            "samples": self.samples or None,
+            "difference from float": self._difference(),
+            "agreement": self.agreement,
+        }
+        return {**{k: v for k, v in known.items() if v}, "scores": self.scores}
 
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None  # JSON knows no infinity: one sample has no interval
+    def __str__(self) -> str:
+        ways = [w for w in WAYS if any(w in s for s in self.scores.values())]
+        lines = [f"{self.samples} samples" if self.samples else "", f"{'':14}" + "".join(f"{w:>12}" for w in ways)]
+        for name, scores in self.scores.items():
+            lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
+        if self.difference is not None:
+            lines.append(f"difference from float: {self._difference()}")
+        if "file_simulation" in self.agreement:
+            lines.append(f"file and simulation decide alike on {self.agreement['file_simulation']:.2%} of the samples")
+        lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in self.disagreements[:20]]
+        return "\n".join(line for line in lines if line)
+
+    def _difference(self) -> str:
+        d = self.difference
+        return "" if d is None else f"{d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)"
 
 
 def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dict[str, Forward]:

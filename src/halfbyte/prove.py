@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
+from halfbyte.shown import Shown
 
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
 PROVIDER = "CPUExecutionProvider"
@@ -27,8 +28,8 @@ _SUFFIX = ":codes"
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class Proof:
+@dataclass(frozen=True, repr=False)
+class Proof(Shown):
     """What was compared, and the verdict.
 
     equal: nothing differs that has to be equal. values: integer values compared exactly. rounded: values behind float
@@ -55,10 +56,6 @@ class Proof:
                 "behind these could not be compared"
             )
         return text
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def prove(folder: str | Path) -> Proof:

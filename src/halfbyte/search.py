@@ -27,6 +27,7 @@ from halfbyte.probes import Bench, Portion, bench, each_alone
 from halfbyte.quantize import load_samples, quantize
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.run import run, simulate
+from halfbyte.shown import Shown, plain
 
 _DOUBT = (
     0.16  # the chance, over all attempts, of calling the limit held where it is not: one standard error of one attempt
@@ -52,8 +53,8 @@ class Attempt:
         return f"{self.name}: {found}, {self.seconds:.1f} s"
 
 
-@dataclass(frozen=True)
-class Found:
+@dataclass(frozen=True, repr=False)
+class Found(Shown):
     """The answer: the model of the first attempt that holds the limit, else of the best one.
 
     limit: points allowed. labelled: points of accuracy, else of decisions that differ from the float network's. samples: held out.
@@ -79,22 +80,15 @@ class Found:
         more = f"; {few} samples at least are needed to show {self.limit:g} points" if self.samples < few else ""
         return f"not reached: the limit is {self.limit:g}, best was {self.chosen.name}: {found}: train{more}"
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return "\n".join([*(str(a) for a in self.attempts), self.verdict])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{a.name}</td><td>{a.points:.2f}</td><td>{a.bound:.2f}</td><td>{a.seconds:.1f} s</td></tr>"
-            for a in self.attempts
-        )
-        return f"<p>{self.verdict}</p><table>{rows}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the model."""
         return {
             **{k: getattr(self, k) for k in ("reached", "limit", "labelled", "samples", "verdict")},
             "chosen": self.chosen.name,
-            "attempts": [dict(vars(a)) for a in self.attempts],
+            "attempts": plain(self.attempts),
         }
 
 
