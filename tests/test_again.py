@@ -14,8 +14,8 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte import targets
-from halfbyte.job import open_output
 from halfbyte.ops import REQUANTIZE
+from halfbyte.output import open_output
 from halfbyte.place import unplaced
 from halfbyte.reexport import differences
 from tiny import files, halfbyte, network, pictures, quantized

@@ -17,7 +17,7 @@ import halfbyte as hb
 from halfbyte.check import check, parse_size
 from halfbyte.compare import compare
 from halfbyte.errors import UsageError
-from halfbyte.job import open_output
+from halfbyte.output import open_output
 from halfbyte.proof import write_proof
 from halfbyte.prove import exposed, read
 from tiny import files, halfbyte, quantized

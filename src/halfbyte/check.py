@@ -13,8 +13,8 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import ParityError, UsageError
 from halfbyte.evaluate import paired
-from halfbyte.job import open_output
 from halfbyte.model import QModel
+from halfbyte.output import open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import decisions, open_data
 from halfbyte.shown import Shown

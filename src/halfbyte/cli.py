@@ -12,7 +12,7 @@ from halfbyte import __version__
 from halfbyte import cli_daily as daily
 from halfbyte.cli_again import earlier, export
 from halfbyte.cli_config import Configured
-from halfbyte.cli_diagnose import check_limit, check_search, diagnose
+from halfbyte.cli_diagnose import check_limit, diagnose
 from halfbyte.cli_tradeoff import tradeoff
 from halfbyte.console import (
     Progress,
@@ -205,15 +205,18 @@ def quantize(
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
     calibration, data_free, before = earlier(network, calibration, data_free, options)
-    check_search(calibration, options)
     from halfbyte.formats import parse_widths
+    from halfbyte.job import chosen_recipe, quantize_job
+    from halfbyte.output import check_output
+    from halfbyte.quantize import check_search
+    from halfbyte.settings import Settings, seconds
+
+    check_search(calibration, options["max_drop"], options["validation"], options)
 
     bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
     parse_widths(bits)
     preprocess = preprocess_from(options, before)
-    options["time_limit"] = _seconds(options["time_limit"])
-    from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
-
+    options["time_limit"] = seconds(options["time_limit"])
     if not dry_run:
         check_output(Path(output), resume=resume, overwrite=overwrite, source=network)
     use_threads(threads)
@@ -231,7 +234,7 @@ def quantize(
     chosen_recipe(settings)
     _ = settings.overrides  # refuses what makes no sense before the work starts
     if calibration is None and not data_free:
-        from halfbyte.quantize import NO_DATA
+        from halfbyte.pipeline import NO_DATA
 
         say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
@@ -275,21 +278,6 @@ def recipes(name: str | None, as_json: bool) -> None:
     width = max(len(r.name) for r in every)
     for r in every:
         click.echo(f"{r.name:{width}}  {r.description}")
-
-
-def _seconds(text: str | None) -> float | None:
-    """``20m``, ``1.5h``, ``90s`` or ``90`` as seconds."""
-    if text is None:
-        return None
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
-    try:
-        seconds = float(number) * unit
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--time-limit '{text}' is not a time: write it as 90s, 20m or 1.5h")
-    return seconds
 
 
 def _announce(settings: Any, quiet: bool) -> None:
@@ -378,8 +366,8 @@ def evaluate(
         raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
     from halfbyte.data import labelled
     from halfbyte.evaluate import evaluate as score
-    from halfbyte.job import open_output, write_summary
     from halfbyte.loading import load_callable
+    from halfbyte.output import open_output, write_summary
 
     m, file, kept, described = open_output(output)
     preprocess = preprocess_from(options, kept)
@@ -408,7 +396,7 @@ def evaluate(
 def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
     from halfbyte.benchmark import against_float
-    from halfbyte.job import open_output, write_summary
+    from halfbyte.output import open_output, write_summary
 
     m, file, _, described = open_output(output)
     if file is None:
@@ -426,7 +414,7 @@ def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_jso
 def report(output: Path, as_json: bool, quiet: bool) -> None:
     """(Re)write OUT/report.html from OUT/summary.json."""
     from halfbyte import report as page
-    from halfbyte.job import REPORT, read_summary
+    from halfbyte.output import REPORT, read_summary
 
     described = read_summary(output)
     page.write(described, output / REPORT)
@@ -451,11 +439,11 @@ def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quie
             if not as_json:
                 found |= found.pop("metadata")  # a line for each
         elif Path(thing).is_dir():
-            from halfbyte.job import open_output
+            from halfbyte.output import open_output
 
             found = inspect_model(open_output(Path(thing))[0])
         else:
-            from halfbyte.job import capture_network
+            from halfbyte.settings import capture_network
 
             found = inspect_model(capture_network(thing, checkpoint, trust, preprocess))
     if as_json or quiet:

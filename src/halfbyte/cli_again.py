@@ -18,8 +18,8 @@ def earlier(
     """
     if not Path(network).is_dir():
         return calibration, data_free, None
-    from halfbyte.job import earlier_settings
     from halfbyte.preprocess import Preprocess
+    from halfbyte.settings import earlier_settings
 
     before = earlier_settings(Path(network))
     if calibration is None and not data_free:

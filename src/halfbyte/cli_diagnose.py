@@ -15,20 +15,7 @@ from halfbyte.console import (
     show,
     use_threads,
 )
-from halfbyte.errors import LimitError, UsageError
-
-
-def check_search(calibration: str | None, options: dict[str, Any]) -> None:
-    """Options that make no sense with, or without, the automatic recipe. Raises :class:`UsageError`."""
-    if options["max_drop"] is None:
-        if options["validation"] is not None:
-            raise UsageError("--validation is for --max-drop, which was not given")
-        return
-    if calibration is None:
-        raise UsageError("--max-drop needs --calibration: some samples are held out to judge by")
-    for name in ("budget", "recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range"):
-        if options[name] is not None:
-            raise UsageError(f"--max-drop chooses recipe and widths itself: leave --{name.replace('_', '-')} out")
+from halfbyte.errors import LimitError
 
 
 def check_limit(described: dict[str, Any], quiet: bool) -> None:
@@ -68,7 +55,7 @@ def diagnose(
 ) -> None:
     """Run the debugging chart on OUT: one named cause of what quantization has lost, and one command to try next."""
     from halfbyte.diagnose import diagnose as run
-    from halfbyte.job import UNPROVEN, open_output, write_summary
+    from halfbyte.output import UNPROVEN, open_output, write_summary
     from halfbyte.prove import MODEL
 
     m, file, kept, described = open_output(output)

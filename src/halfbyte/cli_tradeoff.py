@@ -56,7 +56,7 @@ def tradeoff(
 
     weights, activations = parse_widths(f"W{weight_bits}A{activation_bits}")
     preprocess = preprocess_from(options)
-    from halfbyte.job import capture_network
+    from halfbyte.settings import capture_network
     from halfbyte.tradeoff import tradeoff as sweep
     from halfbyte.tradeoff import write
 

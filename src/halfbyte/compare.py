@@ -14,7 +14,7 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import UsageError
 from halfbyte.evaluate import Interval, paired
-from halfbyte.job import open_output
+from halfbyte.output import open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import Decisions, decisions, open_data
 from halfbyte.shown import Shown, aligned

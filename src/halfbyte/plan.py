@@ -11,11 +11,12 @@ from torch import fx
 from halfbyte import engine
 from halfbyte.export_onnx import example_inputs
 from halfbyte.graph import layers, macs, tensors, weight_of
-from halfbyte.job import Settings, chosen_recipe, network_of
+from halfbyte.job import chosen_recipe
 from halfbyte.model import LogEntry, QModel, value_name
 from halfbyte.ops import base_name, is_tensor, kind
 from halfbyte.place import place
 from halfbyte.run import run
+from halfbyte.settings import Settings, network_of
 from halfbyte.shown import Shown, aligned
 from halfbyte.sizes import sizes
 from halfbyte.targets import find

@@ -10,9 +10,11 @@ from halfbyte import engine
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.export_onnx import Container
-from halfbyte.job import Stages, check_output, clear, earlier_settings, finish, open_output, save_progress
+from halfbyte.job import Stages, finish, save_progress
 from halfbyte.model import LogEntry, QModel, Target
 from halfbyte.ops import kind
+from halfbyte.output import check_output, clear, open_output
+from halfbyte.settings import earlier_settings
 from halfbyte.targets import find
 
 

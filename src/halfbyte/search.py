@@ -22,9 +22,10 @@ from halfbyte.formats import Bits, Format
 from halfbyte.graph import by_value, layers, output_values, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.overrides import Overrides
+from halfbyte.pipeline import by_recipe, load_samples
 from halfbyte.preprocess import Preprocess
 from halfbyte.probes import Bench, Portion, bench, each_alone
-from halfbyte.quantize import load_samples, quantize
+from halfbyte.provenance import Hashed, note_data
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.run import run, simulate
 from halfbyte.shown import Shown, plain
@@ -143,14 +144,14 @@ def search(
     if len(outputs) != 1 or len(outputs[0].meta["shape"]) != 2:
         raise UsageError("max_drop counts decisions: it needs a network with one output of class scores [N, classes]")
     held = 0 if validation is not None else min(_MOST, max(_FEWEST, math.ceil(_PER_EVENT * 100 / max_drop)))
-    source = load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed)
-    fit, out = _split(source, samples, held)
+    source = Hashed(load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed))
+    fit, out = _split(source.samples(), samples, held)
     portions: list[Portion] = [(x, None) for x in out] if validation is None else list(validation)
     if not portions:
         raise DataError("there are no samples to judge by")
     common = {"target": target, "weight_bits": weight_bits, "activation_bits": activation_bits, "samples": samples,
               "batch": batch, "seed": seed, "preprocess": preprocess, "progress": progress, **options}  # fmt: skip
-    hunt = _Hunt(model, fit, bench(model, portions), max_drop, common, dict(overrides or {}))
+    hunt = _Hunt(note_data(model, source), fit, bench(model, portions), max_drop, common, dict(overrides or {}))
     return hunt.found()
 
 
@@ -241,7 +242,7 @@ class _Hunt:
     def attempt(self, name: str, recipe: Recipe, overrides: Overrides) -> Attempt:
         """Quantize, judge, and keep what is best."""
         start = time.perf_counter()
-        m = quantize(self.model, self.fit, recipe=recipe, overrides=overrides, **self.options)
+        m = by_recipe(self.model, self.fit, recipe=recipe, overrides=overrides, **self.options)
         changes, noise = self.judged(m)
         bound = upper_bound(changes, len(self.attempts) + 1)
         done = Attempt(name, float(changes.mean()), bound, noise, time.perf_counter() - start)

@@ -15,8 +15,8 @@ from halfbyte.data import Source
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.mixed import Point, Tradeoff, widths
 from halfbyte.model import QModel, Target
+from halfbyte.pipeline import context, default_recipe, load_samples
 from halfbyte.preprocess import Preprocess
-from halfbyte.quantize import context, default_recipe, load_samples
 from halfbyte.recipe import Recipe, front_of, load_recipe
 from halfbyte.store import write_whole
 
@@ -26,7 +26,7 @@ _LEAST = 1e-7
 
 def tradeoff(
     model: QModel,
-    data: Source,
+    calibration: Source,
     *,
     target: str | Target = "onnxruntime",
     recipe: str | Recipe | None = None,
@@ -44,7 +44,7 @@ def tradeoff(
 ) -> Tradeoff:
     """Measure networks of chosen widths over a sweep of budgets, and uniform ones beside them.
 
-    data, target, recipe, preprocess, uniform, samples, batch, seed: as for :func:`quantize`. weight_bits, activation_bits: the
+    calibration, target, recipe, preprocess, uniform, samples, batch, seed: as for :func:`quantize`. weight_bits, activation_bits: the
     widths to choose among. by: the cost that the budgets bound, ``size``, ``logical_size`` or ``bops``. points: budgets tried.
     Raises :class:`UsageError` where there is nothing to choose among.
     """
@@ -53,7 +53,7 @@ def tradeoff(
         raise UsageError("a front needs several widths: name them as in --weight-bits 2,4,8")
     found = recipe or default_recipe(True, min(*choice.weights, *choice.activations))
     followed = load_recipe(found) if isinstance(found, str) else found
-    source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
+    source = load_samples(model, calibration, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
     c = replace(context(target, choice, source, progress), uniform=uniform, seed=seed)
     return front_of(followed, model, c, name=name, by=by, points=points)
 
