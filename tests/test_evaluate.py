@@ -36,7 +36,7 @@ def test_classification() -> None:
 
 
 def test_what_cannot_be_evaluated() -> None:
-    with pytest.raises(UsageError, match="labelled data"):
+    with pytest.raises(UsageError, match="nothing to evaluate on"):
         evaluate(model(), None)
     with pytest.raises(DataError, match="empty"):
         evaluate(model(), [])

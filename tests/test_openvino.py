@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 import tiny
-from halfbyte import engines, targets
-from halfbyte.benchmark import benchmark, float_file
+from halfbyte import engines
+from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
 from halfbyte.parity_openvino import compare_openvino
+from halfbyte.targets import find
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is optional")
 
@@ -106,7 +107,7 @@ def test_benchmark_compares_with_float32_and_bfloat16(tmp_path: Path) -> None:
     m = quantized(Residual(), torch.randn(8, 3, 16, 16))
     hb.export_onnx(m, tmp_path / "net.onnx")
     float_file(m, tmp_path / "float.onnx")
-    result = benchmark(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1)
+    result = between_files(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1)
     assert result.engine.startswith("OpenVINO ") and result.bfloat16_ms is not None and result.bfloat16_ms > 0
     assert result.bfloat16_ratio is not None and "bfloat16" in str(result)
 
@@ -141,5 +142,5 @@ def test_engines_that_do_not_exist_are_refused() -> None:
 
 
 def test_both_variants_of_the_target_follow_the_cpu() -> None:
-    assert targets.find("openvino", saturates=True).narrow_products
-    assert not targets.find("openvino", saturates=False).narrow_products
+    assert find("openvino", saturates=True).narrow_products
+    assert not find("openvino", saturates=False).narrow_products

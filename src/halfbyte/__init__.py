@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from halfbyte.affine import Grid, dequantize, fake_quantize
     from halfbyte.affine import quantize as quantize_tensor
     from halfbyte.allocate import Allocation, allocate, best, front, greedy, select, several
+    from halfbyte.benchmark import benchmark
     from halfbyte.blocks import Blocks, refine
     from halfbyte.budgets import Budget
     from halfbyte.calibrate import calibrate
+    from halfbyte.capabilities import targets
     from halfbyte.capture import capture
     from halfbyte.check import check
     from halfbyte.compare import compare
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from halfbyte.dual import Dual, dual
     from halfbyte.encodings import export_encodings
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
+    from halfbyte.evaluate import evaluate
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Bits, Format, bits
     from halfbyte.grids import MSE, MinMax, Percentile
+    from halfbyte.inspection import inspect
     from halfbyte.integer import predict, run_integer
     from halfbyte.latency import EngineLatency
     from halfbyte.local import LayerSolver, Problem, Solution
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from halfbyte.mixed import Tradeoff, Widths
     from halfbyte.model import LogEntry, Moments, QModel, Target
     from halfbyte.moments import propagate
+    from halfbyte.output import report
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
@@ -136,6 +141,11 @@ _WHERE = {
     "tune_statistics": "tune_statistics",
     "diagnose": "diagnose",
     "Diagnosis": "diagnosis",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark",
+    "inspect": "inspection",
+    "report": "output",
+    "targets": "capabilities",
     "search": "search",
 }
 
@@ -173,6 +183,7 @@ __all__ = [
     "Widths",
     "absorb_bias",
     "allocate",
+    "benchmark",
     "best",
     "bits",
     "calibrate",
@@ -186,12 +197,14 @@ __all__ = [
     "doctor",
     "dual",
     "equalize",
+    "evaluate",
     "export_encodings",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",
     "front",
     "greedy",
+    "inspect",
     "load",
     "lower",
     "output_loss",
@@ -203,6 +216,7 @@ __all__ = [
     "quantize_tensor",
     "reconstruct",
     "refine",
+    "report",
     "run",
     "run_integer",
     "save",
@@ -212,6 +226,7 @@ __all__ = [
     "several",
     "simulate",
     "split_tensor",
+    "targets",
     "tradeoff",
     "tune",
     "tune_statistics",

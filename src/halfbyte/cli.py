@@ -25,7 +25,6 @@ from halfbyte.console import (
     preprocess_options,
     say,
     show,
-    show_tables,
     use_threads,
 )
 from halfbyte.errors import HalfbyteError, UsageError
@@ -349,42 +348,14 @@ def _verdict(described: dict[str, Any], output: str) -> str:
 @click.option("--threads", type=int, help="[default: all cores]")
 @preprocess_options
 @output_options
-def evaluate(
-    output: Path,
-    data: str | None,
-    metric: str | None,
-    classes: Path | None,
-    limit: int | None,
-    batch: int,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def evaluate(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score the float network, the simulation and the exported file of OUT side by side."""
-    if data is None and metric is None:
-        raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
-    from halfbyte.data import labelled
     from halfbyte.evaluate import evaluate as score
-    from halfbyte.loading import load_callable
-    from halfbyte.output import open_output, write_summary
 
-    m, file, kept, described = open_output(output)
-    preprocess = preprocess_from(options, kept)
-    names = [str(n.target) for n in m.inputs]
-    shape = described["outputs"][0]["shape"]
-    outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
-    source = None
-    if data is not None:
-        source = labelled(
-            data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
-        )
-    own = load_callable(metric) if metric is not None else None
+    preprocess = preprocess_from(options)
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        result = score(m, source, file=file, metric=own, threads=use_threads(threads), progress=progress)
-    described["evaluation"] = result.to_dict()
-    write_summary(output, described)
-    show(as_json, quiet, described["evaluation"], str(result))
+        result = score(output, preprocess=preprocess, threads=use_threads(threads), progress=progress, **options)
+    show(as_json, quiet, result.to_dict(), str(result))
 
 
 @main.command()
@@ -393,19 +364,13 @@ def evaluate(
 @click.option("--batch", default=1, help="Samples at a time.")
 @click.option("--threads", type=int, help="[default: all cores]")
 @output_options
-def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
+def benchmark(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
-    from halfbyte.benchmark import against_float
-    from halfbyte.output import open_output, write_summary
+    from halfbyte.benchmark import benchmark as time
 
-    m, file, _, described = open_output(output)
-    if file is None:
-        raise UsageError(f"'{output}' has no proven model.onnx to time")
     with Progress(quiet or as_json) as progress:
-        result = against_float(m, file, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress)
-    described["benchmark"] = vars(result)
-    write_summary(output, described)
-    show(as_json, quiet, vars(result), str(result))
+        result = time(output, threads=use_threads(threads), progress=progress, **options)
+    show(as_json, quiet, result.to_dict(), str(result))
 
 
 @main.command()
@@ -413,12 +378,10 @@ def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_jso
 @output_options
 def report(output: Path, as_json: bool, quiet: bool) -> None:
     """(Re)write OUT/report.html from OUT/summary.json."""
-    from halfbyte import report as page
-    from halfbyte.output import REPORT, read_summary
+    from halfbyte.output import report as write
 
-    described = read_summary(output)
-    page.write(described, output / REPORT)
-    show(as_json, quiet, {"report": str(output / REPORT)}, str(output / REPORT))
+    found = write(output)
+    show(as_json, quiet, found.to_dict(), str(found))
 
 
 @main.command()
@@ -426,30 +389,14 @@ def report(output: Path, as_json: bool, quiet: bool) -> None:
 @network_options
 @preprocess_options
 @output_options
-def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def inspect(thing: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Look at a network, a result or an ONNX file: layers, names, shapes, MACs, ranges, formats. Changes nothing."""
-    from halfbyte.inspection import inspect_model, inspect_onnx
+    from halfbyte.inspection import inspect as look
 
     preprocess = preprocess_from(options)
     with friendly_warnings(quiet):
-        if thing.endswith(".onnx"):
-            if not Path(thing).is_file():
-                raise UsageError(f"there is no file '{thing}'")
-            found = inspect_onnx(Path(thing))
-            if not as_json:
-                found |= found.pop("metadata")  # a line for each
-        elif Path(thing).is_dir():
-            from halfbyte.output import open_output
-
-            found = inspect_model(open_output(Path(thing))[0])
-        else:
-            from halfbyte.settings import capture_network
-
-            found = inspect_model(capture_network(thing, checkpoint, trust, preprocess))
-    if as_json or quiet:
-        show(as_json, quiet, found, "")
-    else:
-        show_tables(found)
+        found = look(thing, preprocess=preprocess, **options)
+    show(as_json, quiet, found.to_dict(), str(found))
 
 
 @main.command()

@@ -14,7 +14,8 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import UsageError
 from halfbyte.evaluate import Interval, paired
-from halfbyte.output import open_output
+from halfbyte.output import Result as Output
+from halfbyte.output import folder_of, open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import Decisions, decisions, open_data
 from halfbyte.shown import Shown, aligned
@@ -130,7 +131,7 @@ def _layer_cell(form: str, noise: float | None) -> str:
 
 
 def compare(
-    outputs: Sequence[str | Path],
+    outputs: Sequence[Output],
     *,
     data: Source | None = None,
     unlabelled: Source | None = None,
@@ -149,7 +150,7 @@ def compare(
     against float now, ``rounds`` times; else what is stored. limit, batch: how many samples, in what portions. Raises
     :class:`UsageError` for fewer than two folders, networks of different inputs, or a folder without proven file.
     """
-    folders = [Path(o) for o in outputs]
+    folders = [folder_of(o, "results are compared with their files") for o in outputs]
     if len(folders) < 2:
         raise UsageError("there is nothing to compare: give at least two output folders")
     opened = {folder: open_output(folder) for folder in folders}

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
-from halfbyte.data import check_inputs
+from halfbyte.data import Source, check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
+from halfbyte.loading import load_callable
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.output import Result, keep, opened
 from halfbyte.ports import input_codes
+from halfbyte.preprocess import Preprocess
 from halfbyte.run import run, simulate
+from halfbyte.scoring import open_data
 from halfbyte.shown import Shown, plain
 
 Forward = Callable[..., Tensor | Outputs]
@@ -120,26 +125,42 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
 
 
 def evaluate(
-    m: QModel,
-    data: Iterable[tuple[Inputs, Tensor]] | None,
+    output: Result,
+    data: Source | None = None,
     *,
     file: Path | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
+    classes: str | PathLike[str] | None = None,
+    limit: int | None = None,
+    batch: int = 50,
+    preprocess: Preprocess | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Score the float network, the simulation and the exported file on the same labelled data.
 
-    data: batches of (inputs, class indices). metric: for any other task, a function ``(forward, data)`` or ``(forward)`` that
-    returns a number or a mapping of numbers; it is called once for each way. Without it: top-1, and top-5 from 10 classes on.
+    output: an output folder, whose file is scored and whose summary and report remember the result; or a model, with ``file`` if
+    there is one. data: a folder with one for each class (``classes``: their order), ``.npz`` with ``target``, ``file.py:callable``
+    or batches of (inputs, class indices), at most ``limit`` samples, ``batch`` at a time. metric: for any other task, a function
+    ``(forward, data)`` or ``(forward)`` that returns a number or a mapping of numbers, or its ``file.py:callable``; it is called
+    once for each way. Without it: top-1, and top-5 from 10 classes on. preprocess: of pictures, in place of the folder's own.
+    Raises :class:`UsageError`, :class:`DataError`.
     """
-    ways = forwards(m, file, threads=threads)
-    if metric is not None:
-        return _by_metric(ways, data, metric, progress)
-    if data is None:
-        raise UsageError("evaluation needs labelled data, or a metric of your own that brings it")
-    inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
-    return _classification(ways, data, inputs, progress)
+    if data is None and metric is None:
+        raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
+    m, exported, kept, described = opened(output)
+    own = load_callable(metric) if isinstance(metric, str) else metric
+    source: Any = data
+    if own is None or isinstance(data, str | PathLike):  # a metric of one's own may take data of any kind
+        source = open_data(m, data, None, preprocess=preprocess or kept, limit=limit, batch=batch, classes=classes)
+    ways = forwards(m, file or exported, threads=threads)
+    if own is not None:
+        found = _by_metric(ways, source, own, progress)
+    else:
+        inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
+        found = _classification(ways, source, inputs, progress)
+    keep(output, described, evaluation=found)
+    return found
 
 
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:

@@ -19,7 +19,7 @@ from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import export_onnx
 from halfbyte.formats import parse_widths
 from halfbyte.model import QModel, Target
-from halfbyte.output import CHECKPOINT, LAYERS, STATE, UNPROVEN, check_output, clear, read_state, write_summary
+from halfbyte.output import LAYERS, STATE, UNPROVEN, check_output, clear, read_state, write_summary
 from halfbyte.parity import Parity
 from halfbyte.pipeline import choice_of, recipe_for
 from halfbyte.place import place
@@ -32,7 +32,7 @@ from halfbyte.quantize import quantize
 from halfbyte.recipe import Recipe
 from halfbyte.settings import Settings, network_of, parse_ranges
 from halfbyte.sizes import sizes
-from halfbyte.store import load, save, write_whole
+from halfbyte.store import CHECKPOINT, load, save, write_whole
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from halfbyte.model import QModel
 from halfbyte.preprocess import Preprocess
 from halfbyte.prove import MODEL, PROOF
 from halfbyte.report import write
-from halfbyte.store import load, write_whole
+from halfbyte.shown import Shown
+from halfbyte.store import CHECKPOINT, load, write_whole
 
-CHECKPOINT, SUMMARY, REPORT = "checkpoint", "summary.json", "report.html"
+SUMMARY, REPORT = "summary.json", "report.html"
 UNPROVEN = "model.unproven.onnx"
 STATE, LAYERS = "state.json", "layers"  # in the checkpoint: what was asked for, and layers solved so far
 SCHEMA = 1  # of the summary
@@ -93,3 +95,26 @@ def folder_of(result: Result, why: str) -> Path:
     if isinstance(result, QModel):
         raise UsageError(f"{why}: write it with hb.export(model, 'out'), and give 'out'")
     return Path(result)
+
+
+def keep(result: Result, described: dict[str, Any], **found: Shown) -> None:
+    """Add to the summary of an output folder, and to its report, what was found out about it; of a model nothing is kept."""
+    if not isinstance(result, QModel):
+        write_summary(Path(result), {**described, **{name: value.to_dict() for name, value in found.items()}})
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
+    """Where the page is."""
+
+    report: str
+
+    def __str__(self) -> str:
+        return self.report
+
+
+def report(output: Result) -> Report:
+    """(Re)write ``report.html`` of an output folder from its ``summary.json``. Raises :class:`StoreError` where there is none."""
+    folder = folder_of(output, "a report is written of an output folder")
+    write(read_summary(folder), folder / REPORT)
+    return Report(str(folder / REPORT))

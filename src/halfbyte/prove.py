@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from halfbyte.errors import HalfbyteError, ParityError, StoreError
+from halfbyte.errors import HalfbyteError, ParityError, StoreError, UsageError
 from halfbyte.shown import Shown
 
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
@@ -65,6 +65,8 @@ def prove(folder: str | Path) -> Proof:
     that integer kernels write have to be equal in every element; those behind a float operation may differ by one step of
     their grid. Raises :class:`StoreError` where one of the files is missing or damaged.
     """
+    if not isinstance(folder, str | Path):
+        raise UsageError("a proof is repeated from files: write the model with hb.export(model, 'out'), and give 'out'")
     path = Path(folder)
     model, stored = (path / MODEL, path / PROOF) if path.is_dir() else (path, path.with_name(PROOF))
     described, arrays = read(stored)

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,7 @@ def open_data(
     preprocess: Preprocess | None,
     limit: int | None,
     batch: int,
+    classes: str | PathLike[str] | None = None,
 ) -> Labelled | Samples | None:
     """Labelled or unlabelled samples for a network, or None. Raises :class:`UsageError` if both are given."""
     if data is not None and unlabelled is not None:
@@ -54,10 +57,31 @@ def open_data(
     if data is not None:
         shape = output_values(m.graph)[0].meta["shape"]
         outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
-        return labelled(data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit)
+        return labelled(
+            data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
+        )
     if unlabelled is None:
         return None
     return calibration(unlabelled, preprocess=preprocess, input_names=names, samples=limit or _EVERY, batch=batch)
+
+
+def labelled_or_not(
+    m: QModel,
+    data: str | PathLike[str],
+    *,
+    preprocess: Preprocess | None,
+    samples: int,
+    classes: str | PathLike[str] | None = None,
+) -> list[Any]:
+    """The first samples with their labels, or, where there are none and nobody names classes, without."""
+    try:
+        return list(
+            open_data(m, data, None, preprocess=preprocess, limit=samples, batch=samples, classes=classes) or ()
+        )
+    except DataError:
+        if classes is not None:
+            raise
+        return list(open_data(m, None, data, preprocess=preprocess, limit=samples, batch=samples) or ())
 
 
 @torch.inference_mode()

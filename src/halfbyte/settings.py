@@ -14,14 +14,14 @@ from halfbyte.formats import Bits, parse_widths
 from halfbyte.graph import by_value
 from halfbyte.model import QModel
 from halfbyte.opening import open_network
-from halfbyte.output import CHECKPOINT, read_state
+from halfbyte.output import read_state
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.parts import RESIDUAL, SECOND
 from halfbyte.place import unplaced
 from halfbyte.ports import InputType
 from halfbyte.preprocess import Preprocess
 from halfbyte.provenance import only_weights
-from halfbyte.store import load
+from halfbyte.store import CHECKPOINT, load
 
 
 @dataclass(frozen=True)
