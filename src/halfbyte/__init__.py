@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from halfbyte.prove import prove
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
+    from halfbyte.reexport import export
     from halfbyte.run import run, simulate
     from halfbyte.search import search
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
@@ -146,6 +147,7 @@ _WHERE = {
     "inspect": "inspection",
     "report": "output",
     "targets": "capabilities",
+    "export": "reexport",
     "search": "search",
 }
 
@@ -198,6 +200,7 @@ __all__ = [
     "dual",
     "equalize",
     "evaluate",
+    "export",
     "export_encodings",
     "export_onnx",
     "fake_quantize",

@@ -247,7 +247,7 @@ def quantize(
         show(as_json, quiet, planned.to_dict(), str(planned))
         return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        described = quantize_job(
+        done = quantize_job(
             settings,
             command=_command(),
             resume=resume,
@@ -255,8 +255,8 @@ def quantize(
             progress=progress,
             notice=partial(say, quiet),
         )
-    show(as_json, quiet, described, _verdict(described, output))
-    check_limit(described, quiet)
+    show(as_json, quiet, done.to_dict(), str(done))
+    check_limit(done.to_dict(), quiet)
 
 
 @main.command()
@@ -307,29 +307,6 @@ def _command() -> str:
     import shlex
 
     return shlex.join(["halfbyte", *sys.argv[1:]])
-
-
-def _extent(parity: dict[str, Any]) -> str:
-    return "equal" if not parity["integer_mismatches"] else f"within {parity['integer_max_steps']} step"
-
-
-def _verdict(described: dict[str, Any], output: str) -> str:
-    parity, size = described["parity"], described["size"]
-    layers = described["layers"]
-    integer = sum(row["integer"] for row in layers)
-    proven = (
-        "not proven"
-        if parity is None
-        else f"proven {_extent(parity)} on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
-    )
-    seconds = sum(s["seconds"] for s in described["stages"])
-    lines = [
-        *(f"override: {e['value'] or 'none'}: {e['message']}" for e in described["log"] if e["stage"] == "override"),
-        f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
-        f"{integer} of {len(layers)} layers in integers; {len(described['float_left'])} operations in float; {seconds:.0f} s",
-        f"{output}/report.html has the details",
-    ]
-    return "\n".join(lines)
 
 
 @main.command()

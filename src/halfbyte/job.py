@@ -19,7 +19,7 @@ from halfbyte.errors import ParityError, StoreError, UsageError
 from halfbyte.export_onnx import export_onnx
 from halfbyte.formats import parse_widths
 from halfbyte.model import QModel, Target
-from halfbyte.output import LAYERS, STATE, UNPROVEN, check_output, clear, read_state, write_summary
+from halfbyte.output import LAYERS, REPORT, STATE, UNPROVEN, check_output, clear, read_state, write_summary
 from halfbyte.parity import Parity
 from halfbyte.pipeline import choice_of, recipe_for
 from halfbyte.place import place
@@ -31,12 +31,53 @@ from halfbyte.provenance import metadata, note_proof, note_weights
 from halfbyte.quantize import quantize
 from halfbyte.recipe import Recipe
 from halfbyte.settings import Settings, network_of, parse_ranges
+from halfbyte.shown import Shown
 from halfbyte.sizes import sizes
 from halfbyte.store import CHECKPOINT, load, save, write_whole
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False)
+class Exported(Shown):
+    """An output folder that was written: where it lies, and everything that its ``summary.json`` says."""
+
+    output: str
+    summary: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary."""
+        return dict(self.summary)
+
+    def facts(self) -> dict[str, Any]:
+        """The verdict, and a row for each layer."""
+        shown = ("name", "op", "shape", "weight_bits", "activation_bits", "macs", "bytes", "sqnr_output", "reason")
+        layers = [{k: row[k] for k in shown} for row in self.summary["layers"]]
+        return {**dict(zip(("file", "layers", "more"), self._lines(), strict=True)), "by layer": layers}
+
+    def __str__(self) -> str:
+        changed = [e for e in self.summary["log"] if e["stage"] == "override"]
+        return "\n".join([*(f"override: {e['value'] or 'none'}: {e['message']}" for e in changed), *self._lines()])
+
+    def _lines(self) -> list[str]:
+        s = self.summary
+        layers, size = s["layers"], s["size"]
+        integer, seconds = sum(row["integer"] for row in layers), sum(row["seconds"] for row in s["stages"])
+        sizes = f"{size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}"
+        return [
+            f"{self.output}/{MODEL}: {sizes}, {_verdict(s['parity'])}",
+            f"{integer} of {len(layers)} layers in integers; {len(s['float_left'])} operations in float; {seconds:.0f} s",
+            f"{self.output}/{REPORT} has the details",
+        ]
+
+
+def _verdict(p: Mapping[str, Any] | None) -> str:
+    if p is None:
+        return "not proven"
+    extent = "equal" if not p["integer_mismatches"] else f"within {p['integer_max_steps']} step"
+    return f"proven {extent} on {p['engine']} {p['engine_version']} ({p['instruction_set']})"
 
 
 @dataclass
@@ -83,8 +124,8 @@ def quantize_job(
     overwrite: bool,
     progress: Progress = silent,
     notice: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Capture, quantize, export, prove, report. Returns the summary; raises what the command line turns into exit codes.
+) -> Exported:
+    """Capture, quantize, export, prove, report; raises what the command line turns into exit codes.
 
     notice: is told what is known before the long part of the work begins.
     """
@@ -192,7 +233,7 @@ def chosen_recipe(settings: Settings) -> Recipe:
 
 def finish(
     out: Path, settings: Settings, m: QModel, stages: Stages, command: str, recipe: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> Exported:
     """Write the file, prove it, and describe all in ``summary.json`` and the report. Raises :class:`ParityError`."""
     told = metadata(m, settings.without_folders(), recipe)
     parity: Parity | None = None
@@ -227,7 +268,7 @@ def finish(
     write_summary(out, described)
     if failure is not None:
         raise failure
-    return described
+    return Exported(str(out), described)
 
 
 def _portable(settings: Settings, m: QModel) -> bool:
