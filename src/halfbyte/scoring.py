@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte import engine
+from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Labelled, Samples, Source, calibration, check_inputs, labelled
 from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.integer import predict
 from halfbyte.model import Inputs, QModel
+from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
 
 _EVERY = 2**31 - 1  # a limit that no data set reaches
@@ -93,7 +95,8 @@ def decisions(
     A decision is the largest of dimension 1 of the first output; where there are further dimensions (pixels), a sample has
     many. Raises :class:`DataError` for no data, :class:`UsageError` for a network that does not decide.
     """
-    reference, session = m.as_float(), engine.session(file, threads=threads)
+    reference, session = m.as_float(), engines.opened(engines.engine_of(m), file, threads=threads)
+    codes = partial(input_codes, m) if engines.takes_bytes(session) else tuple
     expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
     rows: dict[str, list[Tensor]] = {"float": [], "file": [], "agreement": []}
     labels = isinstance(data, Labelled)
@@ -101,7 +104,7 @@ def decisions(
         x, target = (item[0], item[1]) if labels else (item, None)
         if i == 0:
             check_inputs(x, expected, f"batch 0 of {data.description}")  # type: ignore[arg-type]
-        decided = _decided(reference, session, x)  # type: ignore[arg-type]
+        decided = _decided(reference, session, x, codes(x))  # type: ignore[arg-type]
         right = target if isinstance(target, Tensor) else decided["float"]
         if right.shape != decided["float"].shape:
             raise UsageError("the network decides for each pixel, and labels are one for each sample: use --unlabelled")
@@ -114,8 +117,8 @@ def decisions(
     return Decisions(**{k: torch.cat(v) for k, v in rows.items()}, labels=labels)
 
 
-def _decided(reference: QModel, session: object, x: Inputs) -> Mapping[str, Tensor]:
-    outputs = {"float": predict(reference, x)[0], "file": torch.from_numpy(engine.infer(session, x)[0])}
+def _decided(reference: QModel, session: object, x: Inputs, fed: Inputs) -> Mapping[str, Tensor]:
+    outputs = {"float": predict(reference, x)[0], "file": torch.from_numpy(engine.infer(session, fed)[0])}
     if outputs["float"].ndim < 2 or outputs["float"].shape[1] < 2:
         shape = list(outputs["float"].shape)
         raise UsageError(
