@@ -4,8 +4,8 @@
 
 Every row is quantized with unlabelled images, exported, proven equal to the integer simulation and scored in ONNX Runtime; W4A32
 (weights alone) is scored by the fake-quantizing float simulation. A float pass over the calibration images is timed before each
-row. Results go to ``benchmarks/results/low-bits-<network>.json`` after every row; a row measured again replaces the earlier one,
-the others stay. ``benchmarks/tables.py`` makes BENCHMARKS.md from them, ``benchmarks/figures.py`` a figure.
+row. Results go to ``benchmarks/results/low-bits-<network>.json`` after every row; a row measured again with the same ``--time-limit``
+replaces the earlier one, the others stay. ``benchmarks/tables.py`` makes BENCHMARKS.md from them, ``benchmarks/figures.py`` a figure.
 """
 
 import argparse
@@ -184,18 +184,23 @@ def function_name(file: str, line: int, function: str) -> str:
     return f"{Path(file).name}:{function}" if line else function.strip("<>{}")
 
 
+def key(row: dict[str, Any]) -> tuple[int, int, float]:
+    """What tells rows apart, in their order: widths, method, and the time it was given."""
+    return list(ROWS).index(row["row"]), METHODS.index(row["method"]), row["time_limit"] or 0.0
+
+
 def measure(name: str, options: argparse.Namespace, path: Path) -> None:
     network = Network(name, options)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     found |= {"network": name, "engine": environment(), "threads": torch.get_num_threads()}
-    order = [(kind, method) for kind in ROWS for method in METHODS]
-    kept = {(r["row"], r["method"]): r for r in found["rows"]}
+    kept = {key(r): r for r in found["rows"]}
     for kind in options.rows:
         for method in options.methods:
-            kept[kind, method] = network.row(kind, method)
-            found["rows"] = [kept[k] for k in order if k in kept]
+            row = network.row(kind, method)
+            kept[key(row)] = row
+            found["rows"] = [kept[k] for k in sorted(kept)]
             save(found, path)
-            print(name, kept[kind, method], flush=True)
+            print(name, row, flush=True)
     if options.profile:
         found["profile"] = network.profile()
         save(found, path)

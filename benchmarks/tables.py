@@ -112,8 +112,7 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "before on the same machine. *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the",
         "method over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was",
         "taken. Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work",
-        "ran on the machine, so seconds and passes are upper bounds. The rows W3A8 and W4A4 of EfficientNet-lite0 are from before the",
-        "recipe absorbed biases, rounding had a damping of its own, and sums kept 8 bits beside 4-bit copies.",
+        "ran on the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
@@ -136,8 +135,8 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _low_bit_row(row: dict[str, Any]) -> str:
-    limits = [f"{row['iterations']} iterations"] if row["iterations"] else []
-    limits += [f"within {row['time_limit']:.0f} s"] if row.get("shortened") else []
+    limits = [f"{row['iterations']} iterations"] if row["iterations"] and not row["time_limit"] else []
+    limits += [f"{row['time_limit'] / 60:.0f} min"] if row["time_limit"] else []
     start = f"| {row['row']} | {row['method']}{' (' + ', '.join(limits) + ')' if limits else ''} "
     if "impossible" in row:
         return start + f"| not possible: {row['impossible']} " + "| " * 8 + "|"
@@ -180,6 +179,46 @@ def _profile(found: dict[str, Any] | None) -> list[str]:
         *(f"| `{name}` | {seconds:.1f} | {percent(share)} % |" for name, seconds, share in found["functions"]),
         "",
     ]
+
+
+def solvers(found: list[dict[str, Any]]) -> list[str]:
+    """Layer solvers on the same problems."""
+    out = ["## Layer solvers on the same problems, W4A8", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/solvers.py`."]
+    out += [
+        "Each layer as Descent's quantized network gives it, to every solver. *Noise*: squared error on held-out samples over the",
+        "power of what is expected, before the activation function and, where one follows, behind it in brackets.",
+        "",
+    ]
+    for r in found:
+        rows, methods = r["rows"], ("descent", "adaround", "adaquant")
+        seconds = {m: sum(row[m]["seconds"] for row in rows) for m in methods}
+        out += [
+            f"### {r['network']}: {len(rows)} layers, AdaRound {r['adaround']} and AdaQuant {r['adaquant']} iterations",
+            "",
+            "| layer | shape | nearest | Descent | AdaRound | AdaQuant | seconds: Descent | AdaRound | AdaQuant |",
+            "|---" * 9 + "|",
+        ]
+        for row in rows:
+            noise = [_noise(row[m]) for m in ("nearest", *methods)]
+            times = [f"{row[m]['seconds']:.1f}" for m in methods]
+            out.append(f"| {row['layer']} | {'x'.join(map(str, row['shape']))} | {' | '.join(noise + times)} |")
+        for other, called in (("adaround", "AdaRound"), ("adaquant", "AdaQuant")):
+            least = [sum(row["descent"][kind] <= row[other][kind] for row in rows) for kind in ("loss", "behind")]
+            ratio = seconds[other] / seconds["descent"]
+            out += [
+                "",
+                f"Descent took 1/{ratio:.0f} of {called}'s time; its noise is at most {called}'s in {least[0]} layers, behind the "
+                f"activation function in {least[1]}.",
+            ]
+        out.append("")
+    return out[:-1]
+
+
+def _noise(found: dict[str, float]) -> str:
+    behind = "" if found["behind"] == found["loss"] else f" ({found['behind']:.4f})"
+    return f"{found['loss']:.4f}{behind}"
 
 
 def dfq(found: list[dict[str, Any]]) -> list[str]:
@@ -340,8 +379,8 @@ def main() -> None:
         "# Benchmarks",
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
-        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `widths.py`, `other_tasks.py`, `dfq.py`,",
-        "`ranges.py`, then `python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
+        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `solvers.py`, `widths.py`, `other_tasks.py`,",
+        "`dfq.py`, `ranges.py`, then `python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
         "",
         "## W8A8 on classifiers, 256 unlabelled calibration images",
         "",
@@ -370,6 +409,8 @@ def main() -> None:
         *tasks(others),
         "",
         *low_bits(read("low-bits-*.json")),
+        "",
+        *solvers(read("solvers-*.json")),
         "",
         *chosen_widths(read("widths-*.json")),
         "",
