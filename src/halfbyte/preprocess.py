@@ -256,4 +256,9 @@ def _valid_statistic(name: str, value: object, channels: int, color: str) -> flo
     # Below the smallest normal float32 the division would give infinities.
     if name == "std" and not all(v >= float(np.finfo(np.float32).tiny) for v in values):
         raise UsageError(f"preprocess: std is {value!r}; it must be above zero (pixels are 0..255: try 1 or 255)")
+    if name == "std" and all(v < 1 for v in values):
+        right = ",".join(f"{255 * v:g}" for v in values)
+        raise UsageError(
+            f"preprocess: std is {value!r}, as for pixels of 0..1; here they are 0..255: multiply mean and std by 255 (std {right})"
+        )
     return tuple(float(v) for v in values) if many else float(values[0])
