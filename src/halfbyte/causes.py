@@ -75,16 +75,26 @@ class Evidence:
     def gain(self, grids: Mapping[str, Grid] | None = None, shifts: Mapping[str, Tensor] | None = None) -> float:
         """The share of the output's noise that goes when these grids take the place of the model's, or these shifts are undone.
 
-        A layer whose weight gets another grid gets the bias that goes with it.
+        A layer whose weight gets another grid gets the bias that goes with it. Where nothing is left of the signal, noise adds
+        up no longer and taking one cause away changes nothing: then it counts what the cause does alone.
         """
+        if self.whole.noise <= 0:
+            return 0.0
         now = replace(self.m, grids={**self.m.grids, **(grids or {})})
         inputs: dict[tuple[str, int], ChannelMoments] = {}
+        names = set(grids or {})
         for layer in layers(self.m.graph):
             weight, name = weight_of(layer), value_name(layer)
             if weight is not None and value_name(weight) in (grids or {}) and name in self.errors:
                 inputs[value_name(layer.args[0]), input_axis(layer)] = self.errors[name].inputs  # type: ignore[arg-type]
-        after = self.bench.quantized(correct_expected(now, inputs) if inputs else now, shifts=shifts).noise
-        return max(0.0, 1 - after / self.whole.noise) if self.whole.noise > 0 else 0.0
+            if weight is not None and name in (shifts or {}):
+                names.add(value_name(weight))
+        now = correct_expected(now, inputs) if inputs else now
+        gain = 1 - self.bench.quantized(now, shifts=shifts).noise / self.whole.noise
+        if gain < _GAIN:
+            before, after = self.bench.alone(self.m, names).noise, self.bench.alone(now, names, shifts).noise
+            gain = max(gain, (min(before, 1.0) - min(after, 1.0)) / min(self.whole.noise, 1.0))
+        return max(0.0, gain)
 
     def again(self, *options: str) -> str:
         """The command that made the model, with other options."""

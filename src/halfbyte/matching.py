@@ -15,6 +15,14 @@ _DOUBT = 0.15  # squared deviations; below, sampling a few pictures explains it
 _RIGHT = 0.2  # of the samples: chance does not set so many right
 _CLEARLY = 0.35  # a repair has to leave less than this share of the distance
 _SURE = 2.33  # standard deviations of Wilcoxon's statistic: chance alone reaches them once in a hundred networks
+_IMAGENET = "those of ImageNet, less mean and over deviation,"
+# the ways in which pixels are given, the narrowest first: each as options for pixels of 0..255
+_CONVENTIONS = {
+    "0..1": "--mean 0 --std 255",
+    "-1..1": "--mean 127.5 --std 127.5",
+    _IMAGENET: "--mean 123.675,116.28,103.53 --std 58.395,57.12,57.375",
+    "0..255": "--mean 0 --std 1",
+}
 _SWAPPED = "the colours are in the opposite order (RGB and BGR)"
 
 
@@ -146,19 +154,39 @@ def _slips(x: Tensor) -> Iterator[tuple[str, str, bool, Change]]:
         return
     if x.shape[1] == 3:
         yield _SWAPPED, "--color bgr", True, lambda t: t.flip(1)
-    low, high = float(x.min()), float(x.max())
-    if high > 2:
-        yield "pixels of 0..255 where 0..1 is expected", "--mean 0 --std 255", True, lambda t: t / 255
-        yield "pixels of 0..255 where -1..1 is expected", "--mean 127.5 --std 127.5", True, lambda t: t / 127.5 - 1
-    else:
-        yield "pixels of 0..1 where 0..255 is expected", "--mean 0 --std 1", True, lambda t: t * 255
-    if low >= -1e-6 and high <= 1 + 1e-6:
-        yield "pixels of 0..1 where -1..1 is expected", "--mean 127.5 --std 127.5", True, lambda t: t * 2 - 1
+    found = _convention(x)
+    if found is not None:
+        mean, std = _statistics(found, x)
+        for expected, options in _CONVENTIONS.items():
+            if expected != found and (x.shape[1] == 3 or expected != _IMAGENET):
+                m, s = _statistics(expected, x)
+                words = f"pixels as {found} where {expected} is expected"
+                yield words, options, True, lambda t, m=m, s=s: (t * std + mean - m) / s  # type: ignore[misc]
     fitted = "mean and standard deviation are missing or others than in training"
     yield fitted, "--mean MEAN --std STD", False, _standard
     if x.shape[1] == 3:
         swapped = f"{_SWAPPED} before mean and standard deviation"
         yield swapped, "--color bgr", False, lambda t: _standard(t).flip(1)
+
+
+def _convention(x: Tensor) -> str | None:
+    """As what the pixels are given, by the ends of what they reach; None where no usual way of scaling gives such ends."""
+    low, high = (t.movedim(1, 0).flatten(1) for t in (x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)))
+    for name in _CONVENTIONS:
+        if x.shape[1] != 3 and name == _IMAGENET:
+            continue
+        mean, std = (t.flatten() for t in _statistics(name, x))
+        pixels = low.amin(1) * std + mean, high.amax(1) * std + mean
+        if bool((pixels[0] > -1).all()) and bool((pixels[1] < 256).all()):
+            return name
+    return None
+
+
+def _statistics(convention: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of pixels of 0..255, shaped to fit pictures."""
+    words = _CONVENTIONS[convention].split()
+    mean, std = (torch.tensor([float(v) for v in words[i].split(",")]).view(1, -1, 1, 1).to(x) for i in (1, 3))
+    return mean, std
 
 
 def _standard(x: Tensor) -> Tensor:

@@ -55,11 +55,18 @@ class Bench:
         """Whether every sample has a label."""
         return all(y is not None for _, y in self.portions)
 
+    def alone(self, m: QModel, names: Iterable[str], shifts: Mapping[str, Tensor] | None = None) -> Score:
+        """The score with some quantizers alone, all else in float."""
+        groups, held, on = quantizers(m), dict(m.params), set[str]()
+        for name in names:
+            on.update(groups.get(name, ()))
+            held = _mixed(m, name, m.parameters, held)
+        return self._scored(_Case.only(m, on, held), shifts)
+
     def tally(self) -> "Tally":
         """An empty sum to add outputs to."""
         return Tally(self)
 
-    @torch.no_grad()
     def quantized(
         self, m: QModel, *, weights: bool = True, values: bool = True, shifts: Mapping[str, Tensor] | None = None
     ) -> Score:
@@ -67,7 +74,11 @@ class Bench:
 
         shifts: value -> what is taken from it before it is rounded, shaped to fit it.
         """
-        case, tally, less = _Case.of(m, weights, values), self.tally(), shifts or {}
+        return self._scored(_Case.of(m, weights, values), shifts)
+
+    @torch.no_grad()
+    def _scored(self, case: "_Case", shifts: Mapping[str, Tensor] | None) -> Score:
+        tally, less = self.tally(), shifts or {}
 
         def tap(name: str, x: Tensor) -> Tensor:
             return case.tap(name, x - less[name] if name in less else x)
