@@ -155,6 +155,37 @@ def test_order_of_colours_shows_without_moments_or_labels(subject: Subject) -> N
     assert match(m, (alike,)) is None
 
 
+def test_usual_scalings_are_told_apart() -> None:
+    """Of the four ways to give pixels, the one that was taken and the one that the first batch norm remembers."""
+    statistics = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "ImageNet": (
+        torch.tensor((123.675, 116.28, 103.53)).view(1, 3, 1, 1), torch.tensor((58.395, 57.12, 57.375)).view(1, 3, 1, 1))}  # fmt: skip
+    raw = pixels(128, 3)[0]
+    raw = (raw - raw.amin()) / (raw.amax() - raw.amin()) * 255
+    torch.manual_seed(0)
+    for expected, (mean, std) in statistics.items():
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        net((raw - mean) / std)  # in train mode: the batch norm remembers
+        m = hb.fold_batchnorm(hb.capture(net.eval(), raw[:2]))
+        for given, (other_mean, other_std) in statistics.items():
+            told = match(m, (((raw - other_mean) / other_std),))
+            assert told is not None
+            assert told.repairable == (given != expected), (given, expected, told)
+            if given != expected:
+                assert told.exact and f"as {given}" in told.repair.replace("those of ImageNet", "ImageNet"), told
+                assert f"where {expected}" in told.repair.replace("those of ImageNet", "ImageNet"), told
+
+
+def test_where_nothing_is_left_of_the_signal_a_cause_is_judged_alone(subject: Subject) -> None:
+    """Ranges a tenth as wide somewhere, and two bits for the weights besides: taking one away alone helps little."""
+    m, data, _ = FAULTS["narrow ranges"][0](subject)
+    ruined = replace(m, grids=dict(m.grids))
+    for v, grid in m.grids.items():
+        if v in m.params:
+            ruined.grids[v] = replace(grid, scale=grid.scale * 60)  # type: ignore[index]
+    d = diagnose(ruined, data, repairs=False)
+    assert {"too wide ranges", "too narrow ranges"} <= {c.name for c in d.causes}, d
+
+
 def test_what_chance_explains_is_not_lost() -> None:
     """Sixteen samples of which two turn wrong say little; ninety of which a quarter do say enough; even odds cost nothing."""
 
