@@ -98,7 +98,7 @@ MISTAKES = {
     "quantize net.py:example --calibration photos --size 9": ("the network takes [batch, 3, 8, 8]", "set --size 8"),
     "quantize net.py:example --calibration damaged --size 8": ("damaged/3.png cannot be decoded", "replace or remove it"),
     "quantize net.py:example --calibration photos --size 8 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225": (
-        "as for pixels of 0..1", "multiply mean and std by 255 (std 58.395,57.12,57.375)"),
+        "are for pixels of 0..1", "multiply both by 255 (mean 123.675,116.28,103.53 and std 58.395,57.12,57.375)"),
     "quantize net.py:example --calibration nhwc.npy": ("data is NHWC", "move the channels"),
     "quantize net.py:example --calibration bytes.npy": ("is uint8", "convert to float32"),
     "quantize net.py:example --calibration nan.npy": ("holds NaN", "repair the data"),

@@ -59,6 +59,15 @@ class Preprocess:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _valid_statistic(name, getattr(self, name), self.channels, self.color))
         self._check_resize()
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        if all(abs(mean) <= 1 and std < 1 for mean, std in self.statistics):
+            mean, std = (",".join(f"{255 * v:.6g}" for v in each) for each in zip(*self.statistics, strict=True))
+            raise UsageError(
+                f"preprocess: mean {self.mean} and std {self.std} are for pixels of 0..1, but they are 0..255: multiply both by 255 "
+                f"(mean {mean} and std {std})"
+            )
 
     def _check_resize(self) -> None:
         if self.resize is None:
@@ -256,9 +265,4 @@ def _valid_statistic(name: str, value: object, channels: int, color: str) -> flo
     # Below the smallest normal float32 the division would give infinities.
     if name == "std" and not all(v >= float(np.finfo(np.float32).tiny) for v in values):
         raise UsageError(f"preprocess: std is {value!r}; it must be above zero (pixels are 0..255: try 1 or 255)")
-    if name == "std" and all(v < 1 for v in values):
-        right = ",".join(f"{255 * v:g}" for v in values)
-        raise UsageError(
-            f"preprocess: std is {value!r}, as for pixels of 0..1; here they are 0..255: multiply mean and std by 255 (std {right})"
-        )
     return tuple(float(v) for v in values) if many else float(values[0])
