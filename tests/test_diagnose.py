@@ -16,7 +16,7 @@ from halfbyte.matching import match, signed_rank
 from halfbyte.probes import Bench, bench, each_alone, each_left_out, quantizers
 from halfbyte.run import simulate
 from halfbyte.targets import ONNXRUNTIME_AVX2
-from planted import FAULTS, Subject, float_layer, wide
+from planted import FAULTS, Subject, float_layer, ranged, wide
 from tiny import array, halfbyte, quantized
 from trained import NETWORKS, pixels, prepared, trained
 
@@ -184,6 +184,12 @@ def test_where_nothing_is_left_of_the_signal_a_cause_is_judged_alone(subject: Su
             ruined.grids[v] = replace(grid, scale=grid.scale * 60)  # type: ignore[index]
     d = diagnose(ruined, data, repairs=False)
     assert {"too wide ranges", "too narrow ranges"} <= {c.name for c in d.causes}, d
+
+
+def test_sums_that_a_wrong_range_makes_large_are_not_the_cause(plain: Subject) -> None:
+    m = ranged(plain.quantized(), 1e-6)
+    d = diagnose(m, plain.data, repairs=False)
+    assert d.cause.name == "too narrow ranges", d
 
 
 def test_what_chance_explains_is_not_lost() -> None:

@@ -386,7 +386,7 @@ def accumulators(e: Evidence) -> Iterable[Cause]:
     for layer in layers(e.m.graph):
         weight, x = weight_of(layer), layer.args[0]
         grid = None if weight is None else e.m.grid(value_name(weight))
-        x_grid = e.m.grid(value_name(x)) if isinstance(x, fx.Node) and "value" in x.meta else None
+        x_grid = _fitting(e, value_name(x)) if isinstance(x, fx.Node) and "value" in x.meta else None
         if weight is None or grid is None or x_grid is None or grid.group is not None:
             continue
         reach = accumulated(e.m, layer, weight, grid, x_grid)
@@ -412,6 +412,13 @@ def accumulators(e: Evidence) -> Iterable[Cause]:
             float(len(pairs)), 0.0, "255 times two neighbouring codes has to stay below 2^15", 2.0,
             e.again("--target onnxruntime-avx2"), order=1, values=tuple(pairs),
         )  # fmt: skip
+
+
+def _fitting(e: Evidence, value: str) -> Grid | None:
+    """The grid of a value, or that of least error where it is far from it: a sum that only a wrong range makes large is no cause."""
+    root = e.m.ties.get(value, value)
+    seen = (e.chosen_on if e.separate and e.chosen_on else e.seen).get(root)
+    return seen.best_grid if seen is not None and _misfit(seen) > _MISFIT else e.m.grid(value)
 
 
 def accumulated(m: QModel, layer: fx.Node, weight: fx.Node, grid: Grid, x_grid: Grid) -> float:
