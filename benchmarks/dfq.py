@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 import halfbyte as hb
-from halfbyte import engine, targets
+from halfbyte import engine
 from halfbyte.evaluate import evaluate, paired
 from halfbyte.run import Tap, keep
+from halfbyte.targets import find
 
 DATA = Path(os.environ["HALFBYTE_DATA"])
 RESULTS = Path(__file__).parent / "results"
@@ -171,7 +172,7 @@ def measure(name: str, samples: int, limit: int | None, target: hb.Target, round
         "engine": environment(),
         "rows": [],
     }
-    wide = targets.find("onnxruntime", saturates=engine.saturates())
+    wide = find("onnxruntime", saturates=engine.saturates())
     rows = [(*step, target) for step in STEPS] + [(PER_CHANNEL, "original", False, wide)]
     for ranges, data in (("batch norms", None), ("data", batches)):
         for step, start, correct, where in rows:
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    target = targets.find(options.target, saturates=engine.saturates())
+    target = find(options.target, saturates=engine.saturates())
     for name in options.networks:
         limit = images_of(name, options.limit)
         measure(name, options.samples, limit, target, options.rounds, options.results / f"dfq-{name}.json")

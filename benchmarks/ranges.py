@@ -18,9 +18,9 @@ from torch import Tensor
 
 import halfbyte as hb
 from dfq import RESULTS, Reference, images_of, save, zoo
-from halfbyte import targets
 from halfbyte.graph import is_depthwise, layers, weight_of
 from halfbyte.model import value_name
+from halfbyte.targets import GENERIC
 
 NETWORKS = ("mobilenet_v2", "resnet20_cifar10")
 WIDTHS = (8, 6, 4)
@@ -51,7 +51,7 @@ def weight_names(m: hb.QModel) -> set[str]:
 def weight_rows(m: hb.QModel, batches: list[tuple[Tensor, ...]]) -> Iterator[Row]:
     """Weights on a grid. The running values' ranges do not matter, so a rule that ignores the data sees one batch of it."""
     for per_channel in (False, True):
-        target = replace(targets.GENERIC, per_channel=per_channel)
+        target = replace(GENERIC, per_channel=per_channel)
         for name, rule, informed in WEIGHT_RULES:
             for bits in WIDTHS:
                 row = {"what": "weights", "bits": bits, "rule": name, "per_channel": per_channel}
@@ -77,7 +77,7 @@ def activation_rows(m: hb.QModel, batches: list[tuple[Tensor, ...]]) -> Iterator
             row = {"what": "activations", "bits": bits, "rule": name}
 
             def make(b: int = bits, d: Any = data, o: dict[str, Any] = options) -> hb.QModel:
-                placed = hb.place(m, targets.GENERIC, activation_bits=b)
+                placed = hb.place(m, GENERIC, activation_bits=b)
                 return hb.calibrate(placed, d, weights=hb.MinMax(), correct=False, **o)
 
             yield row, make

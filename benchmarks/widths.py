@@ -24,7 +24,7 @@ from dfq import RESULTS, Reference, environment, images_of, save, zoo
 from halfbyte.errors import UsageError
 from halfbyte.job import Stages
 from halfbyte.mixed import widths
-from halfbyte.quantize import context
+from halfbyte.pipeline import context
 from halfbyte.recipe import load_recipe
 from halfbyte.sensitivity import output_loss
 from halfbyte.units import units

@@ -91,7 +91,7 @@ def outliers(s: Subject) -> Planted:
 
     net = spiked(s)
     m = hb.capture(net, s.samples[:2])
-    return hb.quantize(m, s.samples, target=ONNXRUNTIME_AVX2, activations=hb.MinMax()), None, None
+    return hb.quantize(m, s.samples, target=ONNXRUNTIME_AVX2, activation_range=hb.MinMax()), None, None
 
 
 class Spike(nn.Module):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import targets
 from halfbyte.affine import Grid, expand, fake_quantize, quantize
 from halfbyte.formats import Format
 from halfbyte.grids import MSE
 from halfbyte.local import Problem, Solution
 from halfbyte.methods.adaround import AdaRound, UpOrDown, annealed, rectified
 from halfbyte.reconstruct import reconstruct
+from halfbyte.targets import GENERIC
 
 QUICK = AdaRound(iterations=60, rate=0.1)
 LAYERS = {
@@ -54,7 +54,7 @@ def calibrated(net: nn.Module, shape: tuple[int, ...], samples: int = 64) -> tup
         x = torch.randn(16, *shape, generator=g)
         x = (x + x.roll(1, -1) + x.roll(1, -2)).movedim(1, -1) @ mix if len(shape) == 3 else x @ mix
         data.append((x.movedim(-1, 1).contiguous() if len(shape) == 3 else x,))
-    m = hb.place(hb.fold_batchnorm(hb.capture(net.eval(), data[0][0][:2])), targets.GENERIC, weight_bits=4)
+    m = hb.place(hb.fold_batchnorm(hb.capture(net.eval(), data[0][0][:2])), GENERIC, weight_bits=4)
     return hb.calibrate(m, data, correct=False), data
 
 

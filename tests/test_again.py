@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import halfbyte as hb
-from halfbyte import targets
-from halfbyte.job import open_output
 from halfbyte.ops import REQUANTIZE
+from halfbyte.output import open_output
 from halfbyte.place import unplaced
 from halfbyte.reexport import differences
+from halfbyte.targets import GENERIC, ONNXRUNTIME, ONNXRUNTIME_AVX2
 from tiny import files, halfbyte, network, pictures, quantized
 
 RESULT = {"model.onnx", "proof.npz", "checkpoint", "summary.json", "report.html"}
@@ -64,7 +64,7 @@ def test_a_target_that_runs_the_same(done: Path) -> None:
     result = halfbyte("export", done / "out", "--target", "onnxruntime-vnni", "-o", new, "--json", "--threads", 1)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["target"] == "onnxruntime-vnni"
-    assert open_output(new)[0].target == targets.ONNXRUNTIME
+    assert open_output(new)[0].target == ONNXRUNTIME
     assert onnx.load(new / "model.onnx").graph == onnx.load(done / "out" / "model.onnx").graph
 
 
@@ -78,15 +78,15 @@ def test_a_target_that_runs_something_else(done: Path) -> None:
 
 def test_what_makes_a_target_differ() -> None:
     net = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    m = hb.place(hb.capture(net, torch.zeros(2, 3, 8, 8)), targets.ONNXRUNTIME)
-    assert differences(m, targets.ONNXRUNTIME) == []
-    (kernel, floats) = differences(m, targets.GENERIC), differences(replace(m, target=targets.GENERIC), m.target)
+    m = hb.place(hb.capture(net, torch.zeros(2, 3, 8, 8)), ONNXRUNTIME)
+    assert differences(m, ONNXRUNTIME) == []
+    (kernel, floats) = differences(m, GENERIC), differences(replace(m, target=GENERIC), m.target)
     assert kernel == floats
     assert "generic runs conv transpose in integers" in kernel[0]
-    assert "saturates" in differences(m, targets.ONNXRUNTIME_AVX2)[0]
-    assert "no 8 bits" in differences(m, replace(targets.ONNXRUNTIME, widths=(2, 4)))[0]
-    assert "signed" in differences(m, replace(targets.ONNXRUNTIME, signed_activations=True))[0]
-    assert "32 bits, not 16" in differences(m, replace(targets.ONNXRUNTIME, bias_bits=16))[0]
+    assert "saturates" in differences(m, ONNXRUNTIME_AVX2)[0]
+    assert "no 8 bits" in differences(m, replace(ONNXRUNTIME, widths=(2, 4)))[0]
+    assert "signed" in differences(m, replace(ONNXRUNTIME, signed_activations=True))[0]
+    assert "32 bits, not 16" in differences(m, replace(ONNXRUNTIME, bias_bits=16))[0]
 
 
 def test_nothing_is_overwritten_unasked(done: Path) -> None:
@@ -121,13 +121,13 @@ class Sums(nn.Module):
 def test_copies_for_kernels_are_gone() -> None:
     torch.manual_seed(0)
     m = hb.capture(Sums(), torch.zeros(2, 3, 8, 8))
-    placed = hb.place(m, targets.GENERIC, weight_bits=4, activation_bits=4, uniform=False)
+    placed = hb.place(m, GENERIC, weight_bits=4, activation_bits=4, uniform=False)
     assert sum(n.target is REQUANTIZE for n in placed.graph.nodes) >= 2  # or the test says nothing
     back = unplaced(placed)
     assert [(n.target, n.meta.get("value")) for n in back.graph.nodes] == [
         (n.target, n.meta.get("value")) for n in m.graph.nodes
     ]
-    again = hb.place(back, targets.GENERIC, weight_bits=4, activation_bits=4, uniform=False)
+    again = hb.place(back, GENERIC, weight_bits=4, activation_bits=4, uniform=False)
     assert again.plan == placed.plan
     x = torch.randn(4, 3, 8, 8)
     for got, expected in zip(hb.run(back, (x,)), hb.run(m, (x,)), strict=True):

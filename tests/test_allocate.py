@@ -13,14 +13,15 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import targets, units
+from halfbyte import units
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.graph import by_value
 from halfbyte.run import run, simulate
 from halfbyte.sensitivity import _points as sensitivity_points
+from halfbyte.targets import find
 from halfbyte.units import Candidates, merged
 
-TARGET = targets.find("onnxruntime", saturates=True)
+TARGET = find("onnxruntime", saturates=True)
 WIDTHS = [hb.bits(w, a) for w in (2, 4, 8) for a in (4, 8)]
 
 

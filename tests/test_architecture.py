@@ -11,7 +11,7 @@ import halfbyte
 PACKAGE = Path(halfbyte.__file__).parent
 # Lowest first. A module imports from lower layers and from rows before it in its own.
 LAYERS: dict[int, str] = {
-    0: "errors formats affine",
+    0: "shown errors formats affine",
     1: "ops model graph chains run moments store",
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
@@ -21,8 +21,8 @@ LAYERS: dict[int, str] = {
     "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "prove lower sizes sums engine engine_openvino engines integer parity parity_openvino ports provenance export_onnx encodings "
-    "proof evaluate scoring benchmark latency capabilities mixed report recipe quantize tradeoff inspection summary diagnosis "
-    "probes search matching repairs causes diagnose job reexport plan check compare",
+    "proof report output settings scoring evaluate benchmark latency capabilities mixed recipe pipeline summary "
+    "diagnosis probes search quantize tradeoff inspection matching repairs causes diagnose job reexport plan check compare",
     9: "console doctor cli_config cli_again cli_daily cli_tradeoff cli_diagnose cli __init__ __main__",
 }
 ORDER = {name: (layer, row) for layer, names in LAYERS.items() for row, name in enumerate(names.split())}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import halfbyte as hb
-from halfbyte.benchmark import benchmark, float_file, interleaved
+from halfbyte.benchmark import between_files, float_file, interleaved
 from halfbyte.errors import UsageError
 from tiny import quantized
 
@@ -24,9 +24,9 @@ def test_ratio_of_two_files(tmp_path: Path) -> None:
     out = quantized(tmp_path)
     m = hb.load(out / "checkpoint")
     float_file(m, tmp_path / "float.onnx")
-    result = benchmark(m, out / "model.onnx", tmp_path / "float.onnx", rounds=5, batch=3, threads=1)
+    result = between_files(m, out / "model.onnx", tmp_path / "float.onnx", rounds=5, batch=3, threads=1)
     assert result.ratio_low <= result.ratio <= result.ratio_high
     assert (result.rounds, result.batch, result.threads) == (5, 3, 1)
     assert "times as fast" in str(result)
     with pytest.raises(UsageError, match="at least 3 rounds"):
-        benchmark(m, out / "model.onnx", tmp_path / "float.onnx", rounds=2, threads=1)
+        between_files(m, out / "model.onnx", tmp_path / "float.onnx", rounds=2, threads=1)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import engine, targets
+from halfbyte import engine
 from halfbyte.affine import fake_quantize
 from halfbyte.blocks import blocks_of
 from halfbyte.graph import layers, weight_of
 from halfbyte.model import value_name
+from halfbyte.targets import find
 
 SHORT = hb.Blocks(iterations=6, batch=8, layers=2)
 
@@ -45,7 +46,7 @@ def start() -> hb.QModel:
     """Four-bit weights and running values, weights by descent."""
     torch.manual_seed(0)
     m = hb.equalize(hb.capture(Residual().eval(), (torch.zeros(2, 3, 16, 16),)), activation_bits=4, weight_bits=4)
-    target = targets.find("onnxruntime", saturates=engine.saturates())
+    target = find("onnxruntime", saturates=engine.saturates())
     placed = hb.place(m, target, weight_bits=4, activation_bits=4, uniform=False)
     return hb.reconstruct(hb.calibrate(placed, samples()), samples(), hb.Descent())
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from halfbyte import capabilities as module
-from halfbyte import engine, targets
+from halfbyte import engine
 from halfbyte.capabilities import Capabilities, Capability, capabilities, consequence
 from halfbyte.formats import bits
 from halfbyte.latency import write_json
+from halfbyte.targets import ONNXRUNTIME, Target
 from tiny import array, halfbyte, network
 
 
@@ -42,14 +43,14 @@ def test_the_engine_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "onnxruntime-avx2" in halfbyte("targets").output
 
 
-def known(speed: dict[tuple[int, int], float], target: targets.Target) -> None:
+def known(speed: dict[tuple[int, int], float], target: Target) -> None:
     rows = tuple(Capability("conv", w, a, True, "QLinearConv", "int8", 0.25, s) for (w, a), s in speed.items())
     found = Capabilities(target.name, "ONNX Runtime", "AVX", 1, rows)
     write_json(module._path(target, 1), found.to_dict())
 
 
 def test_the_consequence_is_what_was_measured() -> None:
-    here = targets.ONNXRUNTIME
+    here = ONNXRUNTIME
     assert "not measured yet: halfbyte targets onnxruntime-vnni" in consequence(here, bits("W4A8"), 1)
     known({(8, 8): 2.0, (4, 8): 2.05, (8, 4): 1.2, (4, 4): 2.0}, here)
     assert "runs at the speed of W8A8" in consequence(here, bits("W3A8"), 1)
@@ -74,7 +75,7 @@ def test_the_first_line_below_eight_bits(tmp_path: Path) -> None:
 
 
 def test_damaged_cache_is_measured_anew() -> None:
-    here = targets.ONNXRUNTIME
+    here = ONNXRUNTIME
     for content in ({"rows": [{"wrong": 1}]}, {}):
         write_json(module._path(here, 1), content)
         assert module.cached(here, 1) is None

@@ -14,8 +14,8 @@ import torch
 import halfbyte as hb
 from halfbyte.cli import main
 from halfbyte.cli_config import key_of
+from halfbyte.pipeline import load_samples
 from halfbyte.provenance import Hashed, note_weights
-from halfbyte.quantize import load_samples
 from tiny import array, halfbyte, quantized
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import halfbyte as hb
-from halfbyte import targets
 from halfbyte.graph import layers
 from halfbyte.model import value_name
+from halfbyte.targets import GENERIC, ONNXRUNTIME_PER_TENSOR
 from halfbyte.walk import Frontier
 
 
@@ -35,7 +35,7 @@ def pictures(samples: int, seed: int) -> Tensor:
     return torch.randn(samples, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def placed(target: hb.Target = targets.ONNXRUNTIME_PER_TENSOR, bits: int = 4) -> hb.QModel:
+def placed(target: hb.Target = ONNXRUNTIME_PER_TENSOR, bits: int = 4) -> hb.QModel:
     m = hb.fold_batchnorm(hb.capture(network(), pictures(2, 0)))
     return hb.place(m, target, weight_bits=bits)
 
@@ -65,7 +65,7 @@ def mean_error(m: hb.QModel, number: int, x: Tensor) -> Tensor:
     return error.movedim(1, 0).flatten(1).mean(1)
 
 
-@pytest.mark.parametrize("target", [targets.GENERIC, targets.ONNXRUNTIME_PER_TENSOR])
+@pytest.mark.parametrize("target", [GENERIC, ONNXRUNTIME_PER_TENSOR])
 def test_analytic_correction_lowers_the_mean_error(target: hb.Target) -> None:
     m = placed(target)
     q = hb.calibrate(m, overrides=ranges(m), correct=False)
@@ -136,11 +136,11 @@ def test_correction_comes_after_calibration() -> None:
 def test_narrow_biases_cannot_hold_a_correction() -> None:
     m = placed()
     q = hb.calibrate(m, overrides=ranges(m), correct=False)
-    narrow = replace(q, target=replace(targets.ONNXRUNTIME_PER_TENSOR, bias_bits=8))
+    narrow = replace(q, target=replace(ONNXRUNTIME_PER_TENSOR, bias_bits=8))
     for data in (None, batches(1)):
         with pytest.raises(hb.UsageError, match="8 bits"):
             hb.correct_bias(narrow, data)
-    wide = replace(q, target=replace(targets.ONNXRUNTIME_PER_TENSOR, bias_bits=16))
+    wide = replace(q, target=replace(ONNXRUNTIME_PER_TENSOR, bias_bits=16))
     assert hb.correct_bias(wide, ranges=ranges(m)).tuned
 
 

@@ -16,11 +16,13 @@ from onnx import TensorProto
 import halfbyte as hb
 from halfbyte.check import check, parse_size
 from halfbyte.compare import compare
+from halfbyte.data import calibration
 from halfbyte.errors import UsageError
-from halfbyte.job import open_output
+from halfbyte.evaluate import forwards
+from halfbyte.output import open_output
 from halfbyte.proof import write_proof
 from halfbyte.prove import exposed, read
-from tiny import files, halfbyte, quantized
+from tiny import files, halfbyte, network, pictures, quantized
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +244,24 @@ def test_outputs_added_without_a_parser(done: Path) -> None:
     assert [o.name for o in after.graph.output[len(before.graph.output) :]] == [f"{n}:codes" for n in names]
     del after.graph.output[len(before.graph.output) :]
     assert after == before
+
+
+def test_a_file_of_raw_pixels_is_judged_like_one_of_floats(tmp_path: Path) -> None:
+    photos = pictures(tmp_path / "photos", 24)
+    net, common = (
+        network(tmp_path),
+        ("--calibration", photos, "--size", 8, "--mean", 127, "--std", 64, "--threads", 1, "-q"),
+    )
+    for name, kind in (("floats", "float32"), ("pixels", "uint8")):
+        assert halfbyte("quantize", net, *common, "--input", kind, "-o", tmp_path / name).exit_code == 0
+    found = compare([tmp_path / "floats", tmp_path / "pixels"], unlabelled=photos)
+    assert [r.samples for r in found.results] == [24, 24]
+    assert found.results[1].agreement == agreed(tmp_path / "pixels", photos)
+
+
+def agreed(out: Path, photos: Path) -> float:
+    """Share of decisions on which file and float network agree, through the ways that ``evaluate`` runs."""
+    m, file, preprocess, _ = open_output(out)
+    ways = forwards(m, file)
+    (x,) = next(iter(calibration(photos, preprocess=preprocess, input_names=("x",), samples=24, batch=24)))
+    return float((ways["file"](x).argmax(1) == ways["float"](x).argmax(1)).double().mean())  # type: ignore[union-attr]

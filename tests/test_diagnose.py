@@ -63,7 +63,7 @@ def test_too_few_bits_and_the_repairs(subject: Subject) -> None:
     best = d.repairs[0]
     assert best.after is not None and best.after < best.before
     assert "cause" in str(d) and "next" in repr(d)
-    assert "<b>" in d._repr_html_()
+    assert "<td>too few bits</td>" in d._repr_html_()
     assert d.channels and len(d.channels[0].low) == len(d.channels[0].high)
 
 

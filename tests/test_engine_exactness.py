@@ -341,7 +341,7 @@ def test_power_of_two_scales_meet_ties(tmp_path: Path) -> None:
     at = [n for n in (str(v.meta["value"]) for v in model.graph.nodes if "value" in v.meta) if n == "1"]
     assert at, "the value behind the ReLU is named after its module"
     ranges = {"input": (-128 / 16, 127 / 16), "1": (0.0, 255 / 16)}
-    quantized = hb.quantize(model, [(x,)], ranges=ranges, weights=hb.MinMax())
+    quantized = hb.quantize(model, [(x,)], ranges=ranges, weight_range=hb.MinMax())
     assert float(quantized.grids["1"].scale) == 1 / 16
     assert float(quantized.grids["input"].scale) == 1 / 16
     parity = hb.export_onnx(quantized, tmp_path / "net.onnx", samples=(x,))

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import halfbyte as hb
-from halfbyte import targets
 from halfbyte.evaluate import signal_to_noise
+from halfbyte.targets import GENERIC
 from halfbyte.transforms.equalize import pairs
 
 
@@ -415,7 +415,7 @@ def test_unequalized_without_data_says_so() -> None:
 
 def test_both_come_before_placement() -> None:
     x = torch.randn(2, 3, 8, 8)
-    placed = hb.place(hb.capture(depthwise(nn.ReLU()), x), targets.GENERIC)
+    placed = hb.place(hb.capture(depthwise(nn.ReLU()), x), GENERIC)
     with pytest.raises(hb.UsageError, match="before place"):
         hb.equalize(placed)
     with pytest.raises(hb.UsageError, match="before place"):

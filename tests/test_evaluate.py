@@ -36,9 +36,9 @@ def test_classification() -> None:
 
 
 def test_what_cannot_be_evaluated() -> None:
-    with pytest.raises(UsageError, match="labelled data"):
+    with pytest.raises(UsageError, match="nothing to evaluate on"):
         evaluate(model(), None)
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="no batches"):
         evaluate(model(), [])
     with pytest.raises(DataError, match="shape"):
         evaluate(model(), [((torch.zeros(2, 5),), torch.zeros(2, dtype=torch.long))])

@@ -7,8 +7,9 @@ import torch
 
 import halfbyte as hb
 from halfbyte.errors import UsageError
-from halfbyte.job import Settings, check_output, parse_ranges
 from halfbyte.opening import open_network
+from halfbyte.output import check_output
+from halfbyte.settings import Settings, parse_ranges
 from tiny import array, network
 
 

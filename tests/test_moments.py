@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import targets
 from halfbyte.calibrate import expect, synthetic_inputs
 from halfbyte.graph import output_values
 from halfbyte.model import value_name
 from halfbyte.moments import clipped, estimated_input, normal, propagate, through
+from halfbyte.targets import GENERIC
 
 SAMPLES = 1_000_000
 INFINITE = float("inf")
@@ -226,7 +226,7 @@ def plain() -> hb.QModel:
     """A network without batch norms, planned."""
     torch.manual_seed(8)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
-    return hb.place(hb.capture(net, torch.randn(2, 3, 8, 8)), targets.GENERIC)
+    return hb.place(hb.capture(net, torch.randn(2, 3, 8, 8)), GENERIC)
 
 
 def test_without_batch_norms_values_are_unknown() -> None:

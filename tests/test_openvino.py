@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 import tiny
-from halfbyte import engines, targets
-from halfbyte.benchmark import benchmark, float_file
+from halfbyte import engines
+from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
+from halfbyte.inspection import FileFacts
 from halfbyte.parity_openvino import compare_openvino
+from halfbyte.targets import find
 
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is optional")
 
@@ -106,7 +108,7 @@ def test_benchmark_compares_with_float32_and_bfloat16(tmp_path: Path) -> None:
     m = quantized(Residual(), torch.randn(8, 3, 16, 16))
     hb.export_onnx(m, tmp_path / "net.onnx")
     float_file(m, tmp_path / "float.onnx")
-    result = benchmark(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1)
+    result = between_files(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1)
     assert result.engine.startswith("OpenVINO ") and result.bfloat16_ms is not None and result.bfloat16_ms > 0
     assert result.bfloat16_ratio is not None and "bfloat16" in str(result)
 
@@ -116,6 +118,25 @@ def test_the_command_line_proves_with_openvino(tmp_path: Path) -> None:
     out = tiny.quantized(tmp_path, "--target", "openvino")
     result = tiny.halfbyte("benchmark", out, "--rounds", 3, "--threads", 1)
     assert result.exit_code == 0 and "bfloat16" in result.output, result.output
+
+
+@needs_openvino
+def test_a_file_is_inspected_and_judged_by_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    hb.export(quantized(Residual(), x), tmp_path / "out")
+    found = hb.inspect(tmp_path / "out" / "model.onnx")
+    assert isinstance(found, FileFacts) and found.integer_kernels
+    assert found.engine.startswith("OpenVINO")
+    assert "QLinearConv" not in found.integer_kernels and found.integer_kernels["Convolution"] == 6
+    opened: list[str] = []
+    real = engines.opened
+    monkeypatch.setattr(engines, "opened", lambda name, *a, **k: opened.append(name) or real(name, *a, **k))  # type: ignore[func-returns-value]
+    assert hb.check(tmp_path / "out", max_drop=100, unlabelled=x).held
+    assert opened == ["openvino"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = hb.inspect(tmp_path / "out" / "model.onnx")
+    assert isinstance(found, FileFacts) and found.integer_kernels is None
+    assert "not installed" in found.engine
 
 
 def test_openvino_that_is_missing_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,5 +162,5 @@ def test_engines_that_do_not_exist_are_refused() -> None:
 
 
 def test_both_variants_of_the_target_follow_the_cpu() -> None:
-    assert targets.find("openvino", saturates=True).narrow_products
-    assert not targets.find("openvino", saturates=False).narrow_products
+    assert find("openvino", saturates=True).narrow_products
+    assert not find("openvino", saturates=False).narrow_products

@@ -9,9 +9,9 @@ from torch import nn
 
 import halfbyte as hb
 from halfbyte.errors import PlacementError, UsageError
-from halfbyte.job import Settings
 from halfbyte.overrides import parse_overrides
 from halfbyte.plan import plan
+from halfbyte.settings import Settings
 from halfbyte.targets import GENERIC, ONNXRUNTIME
 from tiny import files, halfbyte, network, quantized
 

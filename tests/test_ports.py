@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 import tiny
-from halfbyte.benchmark import benchmark, float_file
+from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
 from halfbyte.ports import pixel_grid, pixel_range, takes_pixels
 
@@ -66,7 +66,7 @@ def test_a_benchmark_takes_the_batch_of_the_file(tmp_path: Path) -> None:
     m = quantized()
     hb.export_onnx(m, tmp_path / "net.onnx", static_batch=3)
     float_file(m, tmp_path / "float.onnx")
-    assert benchmark(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1).batch == 3
+    assert between_files(m, tmp_path / "net.onnx", tmp_path / "float.onnx", rounds=3, threads=1).batch == 3
 
 
 def test_names_are_the_file_s(tmp_path: Path) -> None:

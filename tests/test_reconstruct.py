@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import targets
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import DataError, StoreError
 from halfbyte.graph import blocks, layers, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, value_name
 from halfbyte.reconstruct import split
+from halfbyte.targets import GENERIC
 
 
 class Residual(nn.Module):
@@ -87,7 +87,7 @@ def calibrated(name: str = "residual", bits: int = 3, activation_bits: int = 8, 
         net.train()(pictures(64, 1))
     m = hb.fold_batchnorm(hb.capture(net.eval(), pictures(2, 0)))
     overrides = {} if middle is None else {"deep.0.weight": hb.Format(middle)}
-    m = hb.place(m, targets.GENERIC, weight_bits=bits, activation_bits=activation_bits, overrides=overrides)
+    m = hb.place(m, GENERIC, weight_bits=bits, activation_bits=activation_bits, overrides=overrides)
     return hb.calibrate(m, batches(), correct=False)
 
 
@@ -191,7 +191,7 @@ def test_layers_that_cannot_be_solved_are_named() -> None:
     assert [e.value for e in shared] == [n for n in names(m) if n.startswith("both")]
     assert all(e.message.startswith("left as it is: ") for e in shared)
     plain = hb.capture(Residual().eval(), pictures(2, 0))
-    kept = hb.place(hb.fold_batchnorm(plain), targets.GENERIC, weight_bits=4, overrides={"end": None})
+    kept = hb.place(hb.fold_batchnorm(plain), GENERIC, weight_bits=4, overrides={"end": None})
     kept = hb.calibrate(kept, batches(), correct=False)
     assert "its weight is not quantized" in told(hb.reconstruct(kept, batches(), as_solver(Own())))["end"].message
 

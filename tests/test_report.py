@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from halfbyte import report
 from halfbyte.errors import StoreError
+from halfbyte.report import render, write
 
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -184,7 +184,7 @@ class Opened:
 
     def __init__(self, browser: Browser, folder: Path, summary: dict[str, Any], **context: Any) -> None:
         self.path = folder / "report.html"
-        report.write(summary, self.path)
+        write(summary, self.path)
         self.page: Page = browser.new_context(**context).new_page()
         self.trouble: list[str] = []
         self.page.on("console", lambda message: self.trouble.append(message.text))
@@ -351,13 +351,13 @@ def test_unknown_parts_are_left_out_and_unproven_says_so(
 def test_every_single_part_may_be_missing() -> None:
     whole = full()
     for key in whole:
-        assert "<h1" in report.render(whole | {"values": [], "layers": []} | {key: None})
+        assert "<h1" in render(whole | {"values": [], "layers": []} | {key: None})
     for part in ("size", "benchmark", "parity", "evaluation", "machine", "tool"):
         for key in whole[part]:
             short = whole | {"values": [], "layers": [], part: {k: v for k, v in whole[part].items() if k != key}}
-            assert "<h1" in report.render(short)
-            assert "<h1" in report.render(short | {part: whole[part] | {key: None}})
-    bare = report.render(MINIMAL | {"layers": [{"name": "a"}], "values": [{"name": "b"}], "stages": [{"name": "c"}]})
+            assert "<h1" in render(short)
+            assert "<h1" in render(short | {part: whole[part] | {key: None}})
+    bare = render(MINIMAL | {"layers": [{"name": "a"}], "values": [{"name": "b"}], "stages": [{"name": "c"}]})
     assert ">b</button>" in bare
 
 
@@ -367,7 +367,7 @@ def test_a_difference_is_told() -> None:
     summary["parity"] |= {"proven": False, "integer_mismatches": 5, "first_difference": first}
     summary["benchmark"] |= {"ratio": 1.01, "ratio_low": 0.97}
     summary["evaluation"]["difference"] = {"points": 0.02, "low": -0.2, "high": 0.2}
-    page = report.render(summary)
+    page = render(summary)
     assert "4.9 MB instead of 18.6, about as fast, 0.0 ± 0.2 points from float on 800 images." in page
     assert (
         "Not proven: on ONNX Runtime 1.31 (AVX2) 5 of 123,456,789 integers differ, "
@@ -380,7 +380,7 @@ def test_numbers_that_are_not_finite_are_unknown() -> None:
     summary = full()
     summary["layers"][0] |= {"sqnr_weight": math.inf, "sqnr_output": math.nan}
     summary["values"][0] |= {"sqnr": math.inf, "minimum": -math.inf}
-    page = report.render(summary)
+    page = render(summary)
     assert ">nan<" not in page
     assert ">inf<" not in page
 
@@ -388,7 +388,7 @@ def test_numbers_that_are_not_finite_are_unknown() -> None:
 def test_small_and_quick() -> None:
     summary = full()
     begin = time.perf_counter()
-    page = report.render(summary)
+    page = render(summary)
     seconds = time.perf_counter() - begin
     print(f"{len(page.encode()):,} bytes in {seconds:.2f} s")
     assert len(page.encode()) < 3_000_000
@@ -401,8 +401,8 @@ def test_small_and_quick() -> None:
 def test_write_is_whole_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("before")
-    report.write(MINIMAL, path)
+    write(MINIMAL, path)
     assert path.read_text("utf-8").startswith("<!doctype html>")
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(StoreError, match=r"report\.html cannot be written"):
-        report.write(MINIMAL, tmp_path / "missing" / "report.html")
+        write(MINIMAL, tmp_path / "missing" / "report.html")

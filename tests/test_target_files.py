@@ -6,7 +6,7 @@ import pytest
 
 import halfbyte as hb
 import tiny
-from halfbyte import targets
+from halfbyte.targets import ONNXRUNTIME, find
 
 
 def written(folder: Path, text: str) -> str:
@@ -18,18 +18,18 @@ def test_a_file_inherits_and_changes(tmp_path: Path) -> None:
     text = (
         'base = "onnxruntime"\nper_channel = false\nwidths = [8, 4]\ninteger = ["conv", "linear", "clamp", "codes"]\n'
     )
-    found = targets.find(written(tmp_path, text), saturates=True)
+    found = find(written(tmp_path, text), saturates=True)
     assert found == hb.Target(
         name="npu",
         engine="onnxruntime",
         integer=frozenset({"conv", "linear", "clamp", "codes"}),
-        float_output=targets.ONNXRUNTIME.float_output,
+        float_output=ONNXRUNTIME.float_output,
         per_channel=False,
         widths=(4, 8),
         narrow_products=True,
     )
-    assert not targets.find(written(tmp_path, 'name = "other"'), saturates=False).narrow_products
-    assert targets.find(written(tmp_path, 'base = "openvino-vnni"'), saturates=True).engine == "openvino"
+    assert not find(written(tmp_path, 'name = "other"'), saturates=False).narrow_products
+    assert find(written(tmp_path, 'base = "openvino-vnni"'), saturates=True).engine == "openvino"
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_a_file_inherits_and_changes(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(hb.UsageError) as caught:
-        targets.find(written(tmp_path, text), saturates=False)
+        find(written(tmp_path, text), saturates=False)
     assert why in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(hb.UsageError, match="cannot be read"):
-        targets.find(str(tmp_path / "none.toml"), saturates=False)
+        find(str(tmp_path / "none.toml"), saturates=False)
 
 
 def test_the_plan_obeys_the_file_and_the_engine_of_its_base_proves(tmp_path: Path) -> None:

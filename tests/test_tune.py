@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import halfbyte as hb
-from halfbyte import engine, recipe, targets
+from halfbyte import engine, recipe
 from halfbyte.affine import fake_quantize, quantize
 from halfbyte.blocks import portion
 from halfbyte.calibrate import bias_floor
@@ -20,6 +20,7 @@ from halfbyte.losses import divergence, noise_to_signal, relative_error
 from halfbyte.model import value_name
 from halfbyte.reconstruct import split
 from halfbyte.run import run, simulate
+from halfbyte.targets import GENERIC, ONNXRUNTIME_PER_TENSOR, find
 
 STATISTICS = importlib.import_module("halfbyte.tune_statistics")  # in the package the function has the name
 EVERYTHING: tuple[Any, ...] = ("biases", "scales", "codes")
@@ -61,7 +62,7 @@ def captured() -> hb.QModel:
 
 
 def nearest(target: hb.Target | None = None, **options: Any) -> hb.QModel:
-    target = target or targets.find("onnxruntime", saturates=engine.saturates())
+    target = target or find("onnxruntime", saturates=engine.saturates())
     bits = {"weight_bits": 3, "activation_bits": 4, "uniform": False, **options}
     return hb.calibrate(hb.place(captured(), target, **bits), samples())
 
@@ -203,7 +204,7 @@ def test_a_loss_at_the_outputs_undoes_everything(start: hb.QModel, monkeypatch: 
 
 
 def test_a_shared_scale_stays_and_the_bias_takes_the_mean() -> None:
-    m = nearest(targets.ONNXRUNTIME_PER_TENSOR)
+    m = nearest(ONNXRUNTIME_PER_TENSOR)
     out = hb.tune_statistics(m, samples())
     assert all(same_grid(m.grids[k], out.grids[k]) for k in m.grids)
     assert set(out.tuned) <= set(m.tuned) | biases(m)
@@ -340,7 +341,7 @@ def test_networks_of_several_outputs_are_judged_by_their_error() -> None:
 
     torch.manual_seed(0)
     m = hb.capture(Two().eval(), (torch.zeros(2, 3, 8, 8),))
-    m = hb.calibrate(hb.place(m, targets.GENERIC, weight_bits=3, activation_bits=4), samples())
+    m = hb.calibrate(hb.place(m, GENERIC, weight_bits=3, activation_bits=4), samples())
     out = hb.tune(m, samples(), learn=EVERYTHING, iterations=20, scale_rate=0.02)
     assert "relative error" in out.log[-1].message
     assert out.log[-1].figures["after"] < out.log[-1].figures["before"]

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from halfbyte.affine import Grid, dequantize, fake_quantize
     from halfbyte.affine import quantize as quantize_tensor
     from halfbyte.allocate import Allocation, allocate, best, front, greedy, select, several
+    from halfbyte.benchmark import benchmark
     from halfbyte.blocks import Blocks, refine
     from halfbyte.budgets import Budget
     from halfbyte.calibrate import calibrate
+    from halfbyte.capabilities import targets
     from halfbyte.capture import capture
     from halfbyte.check import check
     from halfbyte.compare import compare
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
     from halfbyte.dual import Dual, dual
     from halfbyte.encodings import export_encodings
     from halfbyte.errors import HalfbyteError, ParityError, UsageError
+    from halfbyte.evaluate import evaluate
     from halfbyte.export_onnx import export_onnx
     from halfbyte.formats import Bits, Format, bits
     from halfbyte.grids import MSE, MinMax, Percentile
+    from halfbyte.inspection import inspect
     from halfbyte.integer import predict, run_integer
     from halfbyte.latency import EngineLatency
     from halfbyte.local import LayerSolver, Problem, Solution
@@ -39,12 +43,14 @@ if TYPE_CHECKING:
     from halfbyte.mixed import Tradeoff, Widths
     from halfbyte.model import LogEntry, Moments, QModel, Target
     from halfbyte.moments import propagate
+    from halfbyte.output import report
     from halfbyte.parity import Parity
     from halfbyte.place import place
     from halfbyte.preprocess import Preprocess
     from halfbyte.prove import prove
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
+    from halfbyte.reexport import export
     from halfbyte.run import run, simulate
     from halfbyte.search import search
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
@@ -136,6 +142,12 @@ _WHERE = {
     "tune_statistics": "tune_statistics",
     "diagnose": "diagnose",
     "Diagnosis": "diagnosis",
+    "evaluate": "evaluate",
+    "benchmark": "benchmark",
+    "inspect": "inspection",
+    "report": "output",
+    "targets": "capabilities",
+    "export": "reexport",
     "search": "search",
 }
 
@@ -173,6 +185,7 @@ __all__ = [
     "Widths",
     "absorb_bias",
     "allocate",
+    "benchmark",
     "best",
     "bits",
     "calibrate",
@@ -186,12 +199,15 @@ __all__ = [
     "doctor",
     "dual",
     "equalize",
+    "evaluate",
+    "export",
     "export_encodings",
     "export_onnx",
     "fake_quantize",
     "fold_batchnorm",
     "front",
     "greedy",
+    "inspect",
     "load",
     "lower",
     "output_loss",
@@ -203,6 +219,7 @@ __all__ = [
     "quantize_tensor",
     "reconstruct",
     "refine",
+    "report",
     "run",
     "run_integer",
     "save",
@@ -212,6 +229,7 @@ __all__ = [
     "several",
     "simulate",
     "split_tensor",
+    "targets",
     "tradeoff",
     "tune",
     "tune_statistics",

@@ -18,13 +18,15 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.model import QModel
+from halfbyte.output import Result, folder_of, keep, open_output
 from halfbyte.ports import input_codes
+from halfbyte.shown import Shown
 
 _SHARE = 0.05  # the interval leaves out this share of the rounds' ratios on each side
 
 
-@dataclass(frozen=True)
-class Benchmark:
+@dataclass(frozen=True, repr=False)
+class Benchmark(Shown):
     """Median milliseconds of both, and the ratio float / quantized: median and 90 % spread over the rounds.
 
     bfloat16_ms, bfloat16_ratio: the same for the float file in bfloat16, where the engine has it; it may be slower than float32 on a
@@ -58,6 +60,24 @@ def float_file(m: QModel, path: Path) -> None:
     ir.save(to_onnx(m.as_float()), str(path))
 
 
+def benchmark(
+    output: Result, *, rounds: int = 50, batch: int = 1, threads: int | None = None, progress: Progress = silent
+) -> Benchmark:
+    """Time the exported file of an output folder against the float network, in the same engine and process.
+
+    rounds: each runs both, in turn. batch: samples at a time. threads: default all. The folder's summary and report remember the
+    result. Raises :class:`UsageError` where there is no proven file.
+    """
+    folder = folder_of(output, "a benchmark times an exported file")
+    m, file, _, described = open_output(folder)
+    if file is None:
+        raise UsageError(f"'{folder}' has no proven model.onnx to time")
+    used = torch.get_num_threads() if threads is None else threads
+    found = against_float(m, file, batch=batch, rounds=rounds, threads=used, progress=progress)
+    keep(folder, described, benchmark=found)
+    return found
+
+
 def against_float(
     m: QModel, quantized: Path, *, batch: int = 1, rounds: int = 50, threads: int, progress: Progress = silent
 ) -> Benchmark:
@@ -66,10 +86,10 @@ def against_float(
         reference = Path(scratch) / "float.onnx"
         progress("export float", 0, None)
         float_file(m, reference)
-        return benchmark(m, quantized, reference, batch=batch, rounds=rounds, threads=threads, progress=progress)
+        return between_files(m, quantized, reference, batch=batch, rounds=rounds, threads=threads, progress=progress)
 
 
-def benchmark(
+def between_files(
     m: QModel,
     quantized: Path,
     reference: Path,

@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,8 @@ from halfbyte.lower import lower
 from halfbyte.model import QModel, Target
 from halfbyte.ops import Kind
 from halfbyte.place import place
-from halfbyte.targets import find
+from halfbyte.shown import Shown, aligned
+from halfbyte.targets import find, names
 
 WIDTHS = tuple(Bits(w, a) for w, a in ((8, 8), (4, 8), (8, 4), (4, 4), (8, 16)))
 _SAME = 0.1  # speeds that differ by less are told apart by noise alone
@@ -60,8 +61,8 @@ class Capability:
     speed: float | None = None
 
 
-@dataclass(frozen=True)
-class Capabilities:
+@dataclass(frozen=True, repr=False)
+class Capabilities(Shown):
     """All operations of one target, on the engine and instruction set that they were measured on."""
 
     target: str
@@ -70,17 +71,11 @@ class Capabilities:
     threads: int
     rows: tuple[Capability, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         head = ("operation", "bits", "legal", "integer kernel", "weights in", "size", "speed")
         table = [head, *(_cells(r) for r in self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
         where = f"{self.target}: measured on {self.engine}, {self.instruction_set}, {self.threads} threads; speed: times float's"
-        return "\n".join([where, *lines])
+        return f"{where}\n{aligned(table)}"
 
     def speed(self, widths: Bits) -> float | None:
         """Of the timed operations at these widths, the median."""
@@ -123,6 +118,38 @@ def _timed_networks() -> dict[str, tuple[nn.Module, Tensor]]:
         "depthwise": (nn.Conv2d(128, 128, 3, padding=1, groups=128), torch.zeros(1, 128, 28, 28)),
         "linear": (nn.Linear(1024, 1024), torch.zeros(16, 1024)),
     }
+
+
+@dataclass(frozen=True)
+class Known:
+    """A target by the name that it is asked for with, what that means on this machine, and who proves its files."""
+
+    name: str
+    target: str
+    engine: str
+    bits: tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Targets(Shown):
+    """All targets."""
+
+    targets: tuple[Known, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{t.name:30} {t.target}, {t.bits[0]} to {t.bits[-1]} bits, proven on {t.engine}" for t in self.targets
+        )
+
+
+def targets(
+    target: str | Target | None = None, *, threads: int | None = None, progress: Progress = silent
+) -> Targets | Capabilities:
+    """List the targets; for one, what each operation and width is worth, see :func:`capabilities`."""
+    if target is not None:
+        return capabilities(target, threads=threads, progress=progress)
+    found = {name: find(name, saturates=engine.saturates()) for name in names()}
+    return Targets(tuple(Known(n, t.name, t.engine, t.widths) for n, t in found.items()))
 
 
 def capabilities(
@@ -218,8 +245,8 @@ def _following(target: Target) -> list[Capability]:
     data, _ = _file(replace(captured, target=target), target, Bits(8, 8))
     kernels, _ = engine.kernels(engine.optimized_graph(data))
     return [
-        Capability(kind.value, 8, 8, kind.value in target.integer, next((k for k in names if k in kernels), None))
-        for kind, names in _KERNELS.items()
+        Capability(kind.value, 8, 8, kind.value in target.integer, next((k for k in names_ if k in kernels), None))
+        for kind, names_ in _KERNELS.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Limits on a result, each with the number that was measured: for a pipeline that must not ship what misses one."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import ParityError, UsageError
 from halfbyte.evaluate import paired
-from halfbyte.job import open_output
 from halfbyte.model import QModel
+from halfbyte.output import Result, folder_of, open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import decisions, open_data
+from halfbyte.shown import Shown
 
 _UNITS = {"": 1.0, **{unit.lower(): size for unit, size in BYTES.items()}}
 _ROUNDS = 30
@@ -36,8 +37,8 @@ class Limit:
         return f"{'held  ' if self.held else 'MISSED'} {self.text}"
 
 
-@dataclass(frozen=True)
-class Check:
+@dataclass(frozen=True, repr=False)
+class Check(Shown):
     """All limits that were asked for."""
 
     output: str
@@ -54,12 +55,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "output": self.output,
-            "held": self.held,
-            "proof": self.proof,
-            "limits": [asdict(limit) for limit in self.limits],
-        }
+        return {"held": self.held, **super().to_dict()}
 
 
 def parse_size(text: str | float) -> int:
@@ -72,7 +68,7 @@ def parse_size(text: str | float) -> int:
 
 
 def check(
-    output: str | Path,
+    output: Result,
     *,
     max_drop: float | None = None,
     max_size: str | float | None = None,
@@ -96,10 +92,11 @@ def check(
     if max_drop is None and max_size is None and min_speedup is None:
         raise UsageError("there is no limit to check: give --max-drop, --max-size or --min-speedup")
     size = None if max_size is None else parse_size(max_size)
-    m, file, kept, described = open_output(Path(output))
+    folder = folder_of(output, "limits are held by a result with its file")
+    m, file, kept, described = open_output(folder)
     parity = described.get("parity")
     if file is None or not parity or not parity["proven"]:
-        raise ParityError(f"'{output}' has no proven model.onnx: there is nothing that may be used")
+        raise ParityError(f"'{folder}' has no proven model.onnx: there is nothing that may be used")
     source = open_data(m, data, unlabelled, preprocess=preprocess or kept, limit=limit, batch=batch)
     limits = []
     if size is not None:
@@ -110,7 +107,7 @@ def check(
     if min_speedup is not None:
         limits.append(_speed(min_speedup, m, file, described, threads, progress))
     proof = f"proven equal on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
-    return Check(str(output), proof, tuple(limits))
+    return Check(str(folder), proof, tuple(limits))
 
 
 def _drop(

@@ -12,7 +12,7 @@ from halfbyte import __version__
 from halfbyte import cli_daily as daily
 from halfbyte.cli_again import earlier, export
 from halfbyte.cli_config import Configured
-from halfbyte.cli_diagnose import check_limit, check_search, diagnose
+from halfbyte.cli_diagnose import check_limit, diagnose
 from halfbyte.cli_tradeoff import tradeoff
 from halfbyte.console import (
     Progress,
@@ -25,7 +25,6 @@ from halfbyte.console import (
     preprocess_options,
     say,
     show,
-    show_tables,
     use_threads,
 )
 from halfbyte.errors import HalfbyteError, UsageError
@@ -205,15 +204,18 @@ def quantize(
     if options["samples"] < 1 or options["batch"] < 1:
         raise UsageError("--samples and --batch must be at least 1")
     calibration, data_free, before = earlier(network, calibration, data_free, options)
-    check_search(calibration, options)
     from halfbyte.formats import parse_widths
+    from halfbyte.job import chosen_recipe, quantize_job
+    from halfbyte.output import check_output
+    from halfbyte.quantize import check_search
+    from halfbyte.settings import Settings, seconds
+
+    check_search(calibration, options["max_drop"], options["validation"], options)
 
     bits = bits or f"W{weight_bits or 8}A{activation_bits or 8}"
     parse_widths(bits)
     preprocess = preprocess_from(options, before)
-    options["time_limit"] = _seconds(options["time_limit"])
-    from halfbyte.job import Settings, check_output, chosen_recipe, quantize_job
-
+    options["time_limit"] = seconds(options["time_limit"])
     if not dry_run:
         check_output(Path(output), resume=resume, overwrite=overwrite, source=network)
     use_threads(threads)
@@ -231,7 +233,7 @@ def quantize(
     chosen_recipe(settings)
     _ = settings.overrides  # refuses what makes no sense before the work starts
     if calibration is None and not data_free:
-        from halfbyte.quantize import NO_DATA
+        from halfbyte.pipeline import NO_DATA
 
         say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
@@ -245,7 +247,7 @@ def quantize(
         show(as_json, quiet, planned.to_dict(), str(planned))
         return
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        described = quantize_job(
+        done = quantize_job(
             settings,
             command=_command(),
             resume=resume,
@@ -253,8 +255,8 @@ def quantize(
             progress=progress,
             notice=partial(say, quiet),
         )
-    show(as_json, quiet, described, _verdict(described, output))
-    check_limit(described, quiet)
+    show(as_json, quiet, done.to_dict(), str(done))
+    check_limit(done.to_dict(), quiet)
 
 
 @main.command()
@@ -275,21 +277,6 @@ def recipes(name: str | None, as_json: bool) -> None:
     width = max(len(r.name) for r in every)
     for r in every:
         click.echo(f"{r.name:{width}}  {r.description}")
-
-
-def _seconds(text: str | None) -> float | None:
-    """``20m``, ``1.5h``, ``90s`` or ``90`` as seconds."""
-    if text is None:
-        return None
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
-    try:
-        seconds = float(number) * unit
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"--time-limit '{text}' is not a time: write it as 90s, 20m or 1.5h")
-    return seconds
 
 
 def _announce(settings: Any, quiet: bool) -> None:
@@ -322,29 +309,6 @@ def _command() -> str:
     return shlex.join(["halfbyte", *sys.argv[1:]])
 
 
-def _extent(parity: dict[str, Any]) -> str:
-    return "equal" if not parity["integer_mismatches"] else f"within {parity['integer_max_steps']} step"
-
-
-def _verdict(described: dict[str, Any], output: str) -> str:
-    parity, size = described["parity"], described["size"]
-    layers = described["layers"]
-    integer = sum(row["integer"] for row in layers)
-    proven = (
-        "not proven"
-        if parity is None
-        else f"proven {_extent(parity)} on {parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
-    )
-    seconds = sum(s["seconds"] for s in described["stages"])
-    lines = [
-        *(f"override: {e['value'] or 'none'}: {e['message']}" for e in described["log"] if e["stage"] == "override"),
-        f"{output}/model.onnx: {size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}, {proven}",
-        f"{integer} of {len(layers)} layers in integers; {len(described['float_left'])} operations in float; {seconds:.0f} s",
-        f"{output}/report.html has the details",
-    ]
-    return "\n".join(lines)
-
-
 @main.command()
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
@@ -361,58 +325,14 @@ def _verdict(described: dict[str, Any], output: str) -> str:
 @click.option("--threads", type=int, help="[default: all cores]")
 @preprocess_options
 @output_options
-def evaluate(
-    output: Path,
-    data: str | None,
-    metric: str | None,
-    classes: Path | None,
-    limit: int | None,
-    batch: int,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def evaluate(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score the float network, the simulation and the exported file of OUT side by side."""
-    if data is None and metric is None:
-        raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
-    from halfbyte.data import labelled
     from halfbyte.evaluate import evaluate as score
-    from halfbyte.job import open_output, write_summary
-    from halfbyte.loading import load_callable
 
-    m, file, kept, described = open_output(output)
-    preprocess = preprocess_from(options, kept)
-    names = [str(n.target) for n in m.inputs]
-    shape = described["outputs"][0]["shape"]
-    outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
-    source = None
-    if data is not None:
-        source = labelled(
-            data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
-        )
-    own = load_callable(metric) if metric is not None else None
+    preprocess = preprocess_from(options)
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        result = score(m, source, file=file, metric=own, threads=use_threads(threads), progress=progress)
-    described["evaluation"] = result.to_dict()
-    write_summary(output, described)
-    show(as_json, quiet, described["evaluation"], _scores(result))
-
-
-def _scores(result: Any) -> str:
-    ways = [w for w in ("float", "simulation", "file") if any(w in s for s in result.scores.values())]
-    lines = [f"{result.samples} samples" if result.samples else "", f"{'':14}" + "".join(f"{w:>12}" for w in ways)]
-    for name, scores in result.scores.items():
-        lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
-    if result.difference is not None:
-        d = result.difference
-        lines.append(
-            f"difference from float: {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)"
-        )
-    if "file_simulation" in result.agreement:
-        lines.append(f"file and simulation decide alike on {result.agreement['file_simulation']:.2%} of the samples")
-    lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in result.disagreements[:20]]
-    return "\n".join(line for line in lines if line)
+        result = score(output, preprocess=preprocess, threads=use_threads(threads), progress=progress, **options)
+    show(as_json, quiet, result.to_dict(), str(result))
 
 
 @main.command()
@@ -421,19 +341,13 @@ def _scores(result: Any) -> str:
 @click.option("--batch", default=1, help="Samples at a time.")
 @click.option("--threads", type=int, help="[default: all cores]")
 @output_options
-def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_json: bool, quiet: bool) -> None:
+def benchmark(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""
-    from halfbyte.benchmark import against_float
-    from halfbyte.job import open_output, write_summary
+    from halfbyte.benchmark import benchmark as time
 
-    m, file, _, described = open_output(output)
-    if file is None:
-        raise UsageError(f"'{output}' has no proven model.onnx to time")
     with Progress(quiet or as_json) as progress:
-        result = against_float(m, file, batch=batch, rounds=rounds, threads=use_threads(threads), progress=progress)
-    described["benchmark"] = vars(result)
-    write_summary(output, described)
-    show(as_json, quiet, vars(result), str(result))
+        result = time(output, threads=use_threads(threads), progress=progress, **options)
+    show(as_json, quiet, result.to_dict(), str(result))
 
 
 @main.command()
@@ -441,12 +355,10 @@ def benchmark(output: Path, rounds: int, batch: int, threads: int | None, as_jso
 @output_options
 def report(output: Path, as_json: bool, quiet: bool) -> None:
     """(Re)write OUT/report.html from OUT/summary.json."""
-    from halfbyte import report as page
-    from halfbyte.job import REPORT, read_summary
+    from halfbyte.output import report as write
 
-    described = read_summary(output)
-    page.write(described, output / REPORT)
-    show(as_json, quiet, {"report": str(output / REPORT)}, str(output / REPORT))
+    found = write(output)
+    show(as_json, quiet, found.to_dict(), str(found))
 
 
 @main.command()
@@ -454,30 +366,14 @@ def report(output: Path, as_json: bool, quiet: bool) -> None:
 @network_options
 @preprocess_options
 @output_options
-def inspect(thing: str, checkpoint: str | None, trust: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def inspect(thing: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Look at a network, a result or an ONNX file: layers, names, shapes, MACs, ranges, formats. Changes nothing."""
-    from halfbyte.inspection import inspect_model, inspect_onnx
+    from halfbyte.inspection import inspect as look
 
     preprocess = preprocess_from(options)
     with friendly_warnings(quiet):
-        if thing.endswith(".onnx"):
-            if not Path(thing).is_file():
-                raise UsageError(f"there is no file '{thing}'")
-            found = inspect_onnx(Path(thing))
-            if not as_json:
-                found |= found.pop("metadata")  # a line for each
-        elif Path(thing).is_dir():
-            from halfbyte.job import open_output
-
-            found = inspect_model(open_output(Path(thing))[0])
-        else:
-            from halfbyte.job import capture_network
-
-            found = inspect_model(capture_network(thing, checkpoint, trust, preprocess))
-    if as_json or quiet:
-        show(as_json, quiet, found, "")
-    else:
-        show_tables(found)
+        found = look(thing, preprocess=preprocess, **options)
+    show(as_json, quiet, found.to_dict(), str(found))
 
 
 @main.command()

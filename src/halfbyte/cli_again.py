@@ -18,8 +18,8 @@ def earlier(
     """
     if not Path(network).is_dir():
         return calibration, data_free, None
-    from halfbyte.job import earlier_settings
     from halfbyte.preprocess import Preprocess
+    from halfbyte.settings import earlier_settings
 
     before = earlier_settings(Path(network))
     if calibration is None and not data_free:
@@ -46,14 +46,9 @@ def earlier(
 @output_options
 def export(source: Path, output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Write and prove another file from OUT, in another container or for another target, without calibrating again."""
-    from halfbyte.reexport import export_job
+    from halfbyte.reexport import export as write
 
     use_threads(threads)
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        described = export_job(source, output, progress=progress, **options)
-    parity, size = described["parity"], described["size"]
-    text = (
-        f"{output}/model.onnx: {size['file_bytes'] / 1e6:.2f} MB for {described['target']}, proven equal on "
-        f"{parity['engine']} {parity['engine_version']} ({parity['instruction_set']})"
-    )
-    show(as_json, quiet, described, text)
+        done = write(source, output, progress=progress, **options)
+    show(as_json, quiet, done.to_dict(), str(done))

@@ -108,22 +108,11 @@ def doctor(as_json: bool, quiet: bool) -> None:
 @output_options
 def targets(target: str | None, threads: int | None, as_json: bool, quiet: bool) -> None:
     """List the targets; for TARGET, what each operation and width is worth, measured here once and remembered."""
-    from halfbyte import engine
-    from halfbyte.targets import find, names
-
-    if target is None:
-        found = {name: find(name, saturates=engine.saturates()) for name in names()}
-        rows = {n: {"target": t.name, "engine": t.engine, "bits": list(t.widths)} for n, t in found.items()}
-        lines = [
-            f"{n:30} {t.name}, {t.widths[0]} to {t.widths[-1]} bits, proven on {t.engine}" for n, t in found.items()
-        ]
-        show(as_json, quiet, rows, "\n".join(lines))
-        return
-    from halfbyte.capabilities import capabilities
+    from halfbyte.capabilities import targets as known
 
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        measured = capabilities(target, threads=use_threads(threads), progress=progress)
-    show(as_json, quiet, measured.to_dict(), str(measured))
+        found = known(target, threads=use_threads(threads), progress=progress)
+    show(as_json, quiet, found.to_dict(), str(found))
 
 
 COMMANDS = (check, compare, doctor, prove, targets)

@@ -15,20 +15,7 @@ from halfbyte.console import (
     show,
     use_threads,
 )
-from halfbyte.errors import LimitError, UsageError
-
-
-def check_search(calibration: str | None, options: dict[str, Any]) -> None:
-    """Options that make no sense with, or without, the automatic recipe. Raises :class:`UsageError`."""
-    if options["max_drop"] is None:
-        if options["validation"] is not None:
-            raise UsageError("--validation is for --max-drop, which was not given")
-        return
-    if calibration is None:
-        raise UsageError("--max-drop needs --calibration: some samples are held out to judge by")
-    for name in ("budget", "recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range"):
-        if options[name] is not None:
-            raise UsageError(f"--max-drop chooses recipe and widths itself: leave --{name.replace('_', '-')} out")
+from halfbyte.errors import LimitError
 
 
 def check_limit(described: dict[str, Any], quiet: bool) -> None:
@@ -55,65 +42,12 @@ def check_limit(described: dict[str, Any], quiet: bool) -> None:
 @click.option("--threads", type=int, help="[default: all cores]")
 @preprocess_options
 @output_options
-def diagnose(
-    output: Path,
-    data: str | None,
-    classes: Path | None,
-    samples: int,
-    no_repairs: bool,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def diagnose(output: Path, no_repairs: bool, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Run the debugging chart on OUT: one named cause of what quantization has lost, and one command to try next."""
     from halfbyte.diagnose import diagnose as run
-    from halfbyte.job import UNPROVEN, open_output, write_summary
-    from halfbyte.prove import MODEL
 
-    m, file, kept, described = open_output(output)
-    preprocess = preprocess_from(options, kept)
-    if file is None and (output / UNPROVEN).exists():
-        file = output / UNPROVEN
-    source = None if data is None else _samples(m, data, preprocess, classes, samples, described)
+    preprocess = preprocess_from(options)
     use_threads(threads)
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        found = run(
-            m,
-            source,
-            file=file,
-            samples=samples,
-            repairs=not no_repairs,
-            command=described.get("command") or "",
-            progress=progress,
-        )
-    described["diagnosis"] = found.to_dict()
-    if not (output / MODEL).exists() and file is None:
-        described["diagnosis"]["file"] = None
-    write_summary(output, described)
-    show(as_json, quiet, described["diagnosis"], str(found))
-
-
-def _samples(m: Any, data: str, preprocess: Any, classes: Path | None, samples: int, described: dict[str, Any]) -> Any:
-    """Labelled data, or the same without labels where it has none."""
-    from halfbyte.data import calibration, labelled
-    from halfbyte.errors import DataError
-
-    names = [str(n.target) for n in m.inputs]
-    shape = described["outputs"][0]["shape"]
-    outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
-    try:
-        source = labelled(
-            data,
-            preprocess=preprocess,
-            input_names=names,
-            outputs=outputs,
-            batch=samples,
-            limit=samples,
-            classes=classes,
-        )
-        return list(source)
-    except DataError:
-        if classes is not None:
-            raise
-        return list(calibration(data, preprocess=preprocess, input_names=names, samples=samples, batch=samples))
+        found = run(output, preprocess=preprocess, repairs=not no_repairs, progress=progress, **options)
+    show(as_json, quiet, found.to_dict(), str(found))

@@ -1,6 +1,5 @@
 """``halfbyte tradeoff``."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -39,14 +38,10 @@ from halfbyte.console import (
 @output_options
 def tradeoff(
     network: str,
-    calibration: str,
     output: str,
     weight_bits: str,
     activation_bits: str,
-    by: str,
     threads: int | None,
-    checkpoint: str | None,
-    trust: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -56,23 +51,17 @@ def tradeoff(
 
     weights, activations = parse_widths(f"W{weight_bits}A{activation_bits}")
     preprocess = preprocess_from(options)
-    from halfbyte.job import capture_network
     from halfbyte.tradeoff import tradeoff as sweep
-    from halfbyte.tradeoff import write
 
     use_threads(threads)
     with Progress(quiet or as_json) as progress, friendly_warnings(quiet):
-        model = capture_network(network, checkpoint, trust, preprocess)
         found = sweep(
-            model,
-            calibration,
+            network,
             weight_bits=weights,
             activation_bits=activations,
-            by=by.replace("-", "_"),
             preprocess=preprocess,
-            name=network,
+            output=output,
             progress=progress,
             **options,
         )
-    write(found, Path(output))
-    show(as_json, quiet, found.to_dict(), f"{found!r}\n{output}/tradeoff.html draws it")
+    show(as_json, quiet, found.to_dict(), f"{found}\n{output}/tradeoff.html draws it")

@@ -1,7 +1,7 @@
 """Results of several runs side by side: accuracy with paired intervals, size, speed, proof, and the layers that differ."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import UsageError
 from halfbyte.evaluate import Interval, paired
-from halfbyte.job import open_output
+from halfbyte.output import Result as Output
+from halfbyte.output import folder_of, open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import Decisions, decisions, open_data
+from halfbyte.shown import Shown, aligned
 
 _NOISE = 1.0  # dB: layers whose signal-to-noise differs by less are not listed
 
@@ -57,8 +59,8 @@ class LayerChange:
     noise: tuple[float | None, ...]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """The folders in the order given, the layers that differ between them, and what a reader should know."""
 
     results: tuple[Result, ...]
@@ -78,14 +80,22 @@ class Comparison:
         return [head, *((c.name, *map(_layer_cell, c.formats, c.noise)) for c in self.layers)]
 
     def __str__(self) -> str:
-        parts = [_aligned(self.rows())]
+        parts = [aligned(self.rows())]
         if self.layers:
             parts.append(f"{len(self.layers)} layers differ (signal-to-noise at the output):")
-            parts.append(_aligned(self.layer_rows()))
+            parts.append(aligned(self.layer_rows()))
         return "\n".join([*parts, *self.notes])
 
-    def _repr_html_(self) -> str:
-        return self.to_html()
+    def facts(self) -> dict[str, Any]:
+        """The tables as text."""
+        results, layers = (
+            [dict(zip(t[0], row, strict=True)) for row in t[1:]] for t in (self.rows(), self.layer_rows())
+        )
+        return {
+            "results": results,
+            **({"layers that differ": layers} if layers else {}),
+            "notes": "; ".join(self.notes),
+        }
 
     def to_html(self) -> str:
         """One page without outside resources."""
@@ -94,10 +104,6 @@ class Comparison:
         return environment.from_string(template).render(
             rows=self.rows(), layers=self.layer_rows(), notes=self.notes, metric=self.results[0].metric
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def _row(r: Result) -> tuple[str, ...]:
@@ -124,13 +130,8 @@ def _layer_cell(form: str, noise: float | None) -> str:
     return form if noise is None else f"{form} {noise:.1f} dB"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def compare(
-    outputs: Sequence[str | Path],
+    outputs: Sequence[Output],
     *,
     data: Source | None = None,
     unlabelled: Source | None = None,
@@ -149,7 +150,7 @@ def compare(
     against float now, ``rounds`` times; else what is stored. limit, batch: how many samples, in what portions. Raises
     :class:`UsageError` for fewer than two folders, networks of different inputs, or a folder without proven file.
     """
-    folders = [Path(o) for o in outputs]
+    folders = [folder_of(o, "results are compared with their files") for o in outputs]
     if len(folders) < 2:
         raise UsageError("there is nothing to compare: give at least two output folders")
     opened = {folder: open_output(folder) for folder in folders}

@@ -173,36 +173,3 @@ def friendly_warnings(quiet: bool) -> Any:
             yield
 
     return redirected()
-
-
-def show_tables(found: dict[str, Any]) -> None:
-    """Facts as lines, rows as a table that fits the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    for key, value in found.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            columns = [c for c in value[0] if any(row[c] is not None for row in value)]
-            table = Table(*columns, title=key, title_justify="left", box=None, pad_edge=False)
-            for row in value:
-                table.add_row(*(_cell(row[c]) for c in columns))
-            console.print(table, markup=False)
-        elif key != "log":
-            console.print(f"{key}: {_cell(value)}", markup=False, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return (
-            "x".join(str(v) for v in value)
-            if not value or not isinstance(value[0], str) or value[0] == "batch"
-            else ", ".join(value)
-        )
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

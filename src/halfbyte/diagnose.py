@@ -5,8 +5,9 @@ repairs tried one by one. A check that cannot run says why and stops nothing.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,47 +16,61 @@ from torch import Tensor, nn
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.causes import FINE, POINTS, RULES, Evidence
+from halfbyte.data import Source
 from halfbyte.diagnosis import Cause, Channels, Diagnosis, Repair, Step, Verdict
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.lower import lower
 from halfbyte.matching import SHIFT, match
 from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.output import UNPROVEN, Result, keep, opened
 from halfbyte.parity import compare
+from halfbyte.preprocess import Preprocess
 from halfbyte.probes import PORTION, Bench, Portion, bench, each_alone, each_left_out, look
 from halfbyte.repairs import attempts, tried
+from halfbyte.scoring import labelled_or_not
 
 _WORST = 6  # quantizers looked at more closely
 _DRAWN = 3
 _PROVEN_ON = 4  # samples that the file is run on
 _SAME = 1e-3  # noise-to-signal between float networks that should be one
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def diagnose(
-    m: QModel,
-    data: Iterable[Any] | None = None,
+    output: Result,
+    data: Source | None = None,
     *,
     network: nn.Module | None = None,
     file: Path | str | None = None,
+    classes: str | PathLike[str] | None = None,
     samples: int = 32,
     repairs: bool = True,
     command: str = "",
+    preprocess: Preprocess | None = None,
     progress: Progress = silent,
 ) -> Diagnosis:
     """Find out why a quantized network is worse than its float network, or that it is not.
 
-    m: a calibrated model; it carries a few calibration samples of its own. data: samples to judge by, batches of inputs or of
-    (inputs, class indices); without them its own samples serve. network: the module it was made from, to check the float graph
-    against. file: the exported file. samples: how many are used, from the first. repairs: try them (the slowest part).
-    command: how the model was made, which the suggested command is built on. Raises :class:`UsageError` for a model without
-    grids or without any samples, :class:`DataError` for data that do not fit.
+    output: an output folder, whose summary and report remember the result; or a calibrated model. Both carry a few calibration
+    samples of their own. data: samples to judge by, as for :func:`evaluate` or without labels, batches of inputs or of (inputs,
+    class indices); without them its own samples serve. network: the module it was made from, to check the float graph against.
+    file: the exported file. samples: how many are used, from the first. preprocess: of pictures, in place of the folder's own.
+    repairs: try them (the slowest part). command: how the model was made, which the suggested command is built on. Raises
+    :class:`UsageError` for a model without grids or without any samples, :class:`DataError` for data that do not fit.
     """
+    m, exported, kept, described = opened(output)
+    if file is None and not isinstance(output, QModel):
+        unproven = Path(output) / UNPROVEN
+        file = exported or (unproven if unproven.exists() else None)
+    command = command or described.get("command") or ""
     if not m.grids:
         raise UsageError("there is nothing to diagnose: the model has no grids; call hb.quantize first")
     own: list[Portion] = []
     if m.samples:
         starts = range(0, len(m.samples[0]), PORTION)
         own += [(tuple(t[i : i + PORTION] for t in m.samples), None) for i in starts]
+    if isinstance(data, str | PathLike):
+        data = labelled_or_not(m, data, preprocess=preprocess or kept, samples=samples, classes=classes)
     given = list(_portions(data, samples, len(m.inputs))) if data is not None else []
     portions = given or own
     if not portions:
@@ -72,7 +87,7 @@ def diagnose(
     if repairs and not e.fine:
         e = chart.repair(e, own)
     causes = chart.causes(e)
-    return Diagnosis(
+    found = Diagnosis(
         causes[0],
         tuple(chart.steps),
         causes,
@@ -83,6 +98,8 @@ def diagnose(
         b.samples,
         b.labelled,
     )
+    keep(output, described, diagnosis=found)
+    return found
 
 
 def _bench(m: QModel, portions: list[Portion]) -> Bench:
@@ -93,7 +110,7 @@ def _bench(m: QModel, portions: list[Portion]) -> Bench:
         raise DataError(f"the float network cannot run on the data: {first}") from error
 
 
-def _portions(data: Iterable[Any], samples: int, inputs: int) -> Iterator[Portion]:
+def _portions(data: Any, samples: int, inputs: int) -> Iterator[Portion]:
     """Samples, some at a time, with their class indices if there are."""
     left = samples
     for batch in data:
@@ -132,7 +149,7 @@ class _Chart:
     steps: list[Step] = field(default_factory=list)
     rescued: dict[str, float] = field(default_factory=dict)
 
-    def guarded(self, name: str, work: Callable[[], Result]) -> Result | None:
+    def guarded(self, name: str, work: Callable[[], T]) -> T | None:
         """The result, or None with a step that says why there is none."""
         self.progress(f"diagnose: {name}", len(self.steps), None)
         try:

@@ -1,9 +1,10 @@
 """What a diagnosis is: steps of the chart with verdicts, causes ranked by what they explain, repairs that were tried."""
 
-import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from halfbyte.shown import Shown, plain
 
 Verdict = Literal["passed", "failed", "not run"]
 
@@ -78,8 +79,8 @@ class Channels:
     grid_high: float
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Shown):
     """The chart's answer: one cause and one command, and all that led there.
 
     steps: in the order of the chart. causes: every cause found, the named one first. quantizers: value -> noise-to-signal at the
@@ -109,26 +110,12 @@ class Diagnosis:
         c = self.cause
         return "\n".join([*lines, f"cause    {c.name}: {c.evidence}", f"next     {c.command}"])
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{html.escape(s.verdict)}</td><td>{html.escape(s.name)}</td><td>{html.escape(s.detail)}</td></tr>"
-            for s in self.steps
-        )
-        named, evidence, command = (html.escape(t) for t in (self.cause.name, self.cause.evidence, self.cause.command))
-        return f"<p><b>{named}</b>: {evidence}</p><p>Next: <code>{command}</code></p><table>{rows}</table>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+    def facts(self) -> dict[str, Any]:
+        """The cause, what to do, and the steps that led there."""
         return {
-            "cause": asdict(self.cause),
-            "causes": [asdict(c) for c in self.causes],
-            "steps": [asdict(s) for s in self.steps],
-            "quantizers": dict(self.quantizers),
-            "rescued": dict(self.rescued),
-            "repairs": [asdict(r) for r in self.repairs],
-            "channels": [asdict(c) for c in self.channels],
-            "samples": self.samples,
-            "labelled": self.labelled,
+            "cause": self.cause.name,
+            "evidence": self.cause.evidence,
+            "next": self.cause.command,
+            "steps": plain(self.steps),
+            "repairs": plain(self.repairs),
         }

@@ -3,10 +3,11 @@
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+
+from halfbyte.shown import Shown
 
 # Distribution -> what Halfbyte needs it for; without those of the first table nothing works.
 REQUIRED = {
@@ -27,8 +28,8 @@ OPTIONAL = {"openvino": "running and timing files on OpenVINO"}
 _SCARCE = 2 << 30  # bytes: below, networks of the size of MobileNetV2 may not fit beside torch
 
 
-@dataclass(frozen=True)
-class Doctor:
+@dataclass(frozen=True, repr=False)
+class Doctor(Shown):
     """What was found.
 
     versions: distribution -> version, None where it is missing. instruction_set, saturates: of 8-bit products in ONNX
@@ -51,10 +52,6 @@ class Doctor:
     missing: Mapping[str, str]
     broken: tuple[str, ...]
     advice: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         def gib(n: int | None) -> str:

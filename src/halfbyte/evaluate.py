@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ from torch import Tensor
 
 from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
-from halfbyte.data import check_inputs
+from halfbyte.data import Source, check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
+from halfbyte.loading import load_callable
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.output import Result, keep, opened
 from halfbyte.ports import input_codes
+from halfbyte.preprocess import Preprocess
 from halfbyte.run import run, simulate
+from halfbyte.scoring import open_data
+from halfbyte.shown import Shown, plain
 
 Forward = Callable[..., Tensor | Outputs]
 Metric = Callable[..., float | Mapping[str, float]]
@@ -36,8 +42,8 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """Scores of the float network, the simulation and the file (those that were run), by metric.
 
     scores: metric -> way -> value in 0..1 (or the unit of a metric of one's own). difference: file (or simulation) minus
@@ -65,16 +71,35 @@ class Evaluation:
             "samples": self.samples,
             **first,
             **{m.replace("-", ""): s for m, s in others.items()},
-            "difference": None
-            if self.difference is None
-            else {k: _finite(v) for k, v in vars(self.difference).items()},
+            "difference": plain(self.difference),
             "agreement": dict(self.agreement),
             "disagreements": [{"index": i, "margin": margin} for i, margin in self.disagreements],
         }
 
+    def facts(self) -> dict[str, Any]:
+        """Samples, the difference from float, and a row for each metric."""
+        known = {
+            "samples": self.samples or None,
+            "difference from float": self._difference(),
+            "agreement": self.agreement,
+        }
+        return {**{k: v for k, v in known.items() if v}, "scores": self.scores}
 
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None  # JSON knows no infinity: one sample has no interval
+    def __str__(self) -> str:
+        ways = [w for w in WAYS if any(w in s for s in self.scores.values())]
+        lines = [f"{self.samples} samples" if self.samples else "", f"{'':14}" + "".join(f"{w:>12}" for w in ways)]
+        for name, scores in self.scores.items():
+            lines.append(f"{name:14}" + "".join(f"{scores[w]:12.4f}" for w in ways))
+        if self.difference is not None:
+            lines.append(f"difference from float: {self._difference()}")
+        if "file_simulation" in self.agreement:
+            lines.append(f"file and simulation decide alike on {self.agreement['file_simulation']:.2%} of the samples")
+        lines += [f"  sample {i}: differ, margin {margin:.4g}" for i, margin in self.disagreements[:20]]
+        return "\n".join(line for line in lines if line)
+
+    def _difference(self) -> str:
+        d = self.difference
+        return "" if d is None else f"{d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, paired)"
 
 
 def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dict[str, Forward]:
@@ -100,26 +125,42 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
 
 
 def evaluate(
-    m: QModel,
-    data: Iterable[tuple[Inputs, Tensor]] | None,
+    output: Result,
+    data: Source | None = None,
     *,
     file: Path | None = None,
-    metric: Metric | None = None,
+    metric: Metric | str | None = None,
+    classes: str | PathLike[str] | None = None,
+    limit: int | None = None,
+    batch: int = 50,
+    preprocess: Preprocess | None = None,
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
     """Score the float network, the simulation and the exported file on the same labelled data.
 
-    data: batches of (inputs, class indices). metric: for any other task, a function ``(forward, data)`` or ``(forward)`` that
-    returns a number or a mapping of numbers; it is called once for each way. Without it: top-1, and top-5 from 10 classes on.
+    output: an output folder, whose file is scored and whose summary and report remember the result; or a model, with ``file`` if
+    there is one. data: a folder with one for each class (``classes``: their order), ``.npz`` with ``target``, ``file.py:callable``
+    or batches of (inputs, class indices), at most ``limit`` samples, ``batch`` at a time. metric: for any other task, a function
+    ``(forward, data)`` or ``(forward)`` that returns a number or a mapping of numbers, or its ``file.py:callable``; it is called
+    once for each way. Without it: top-1, and top-5 from 10 classes on. preprocess: of pictures, in place of the folder's own.
+    Raises :class:`UsageError`, :class:`DataError`.
     """
-    ways = forwards(m, file, threads=threads)
-    if metric is not None:
-        return _by_metric(ways, data, metric, progress)
-    if data is None:
-        raise UsageError("evaluation needs labelled data, or a metric of your own that brings it")
-    inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
-    return _classification(ways, data, inputs, progress)
+    if data is None and metric is None:
+        raise UsageError("nothing to evaluate on: give --data with labelled samples, or a --metric of your own")
+    m, exported, kept, described = opened(output)
+    own = load_callable(metric) if isinstance(metric, str) else metric
+    source: Any = data
+    if own is None or isinstance(data, str | PathLike):  # a metric of one's own may take data of any kind
+        source = open_data(m, data, None, preprocess=preprocess or kept, limit=limit, batch=batch, classes=classes)
+    ways = forwards(m, file or exported, threads=threads)
+    if own is not None:
+        found = _by_metric(ways, source, own, progress)
+    else:
+        inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
+        found = _classification(ways, source, inputs, progress)
+    keep(output, described, evaluation=found)
+    return found
 
 
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:

@@ -18,6 +18,7 @@ from halfbyte.formats import Bits
 from halfbyte.latency import EngineLatency
 from halfbyte.model import Inputs, QModel
 from halfbyte.sensitivity import Metric, SensitivityTable, output_loss, sensitivity
+from halfbyte.shown import Shown
 from halfbyte.units import Candidates, Units, units
 
 SOLUTIONS = 6  # under perturbed losses, measured as whole networks
@@ -144,8 +145,8 @@ class Point:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Tradeoff:
+@dataclass(frozen=True, repr=False)
+class Tradeoff(Shown):
     """The front: points by ascending size, uniform networks among them; what their loss means."""
 
     network: str
@@ -153,11 +154,7 @@ class Tradeoff:
     points: tuple[Point, ...]
     by: str = "size"
 
-    def to_dict(self) -> dict[str, object]:
-        """JSON values."""
-        return {**vars(self), "points": [vars(p) for p in self.points]}
-
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         lines = [f"{'bytes':>12}  {self.by.replace('_', '-'):>12}  {'loss':>9}  {'predicted':>9}  widths"]
         for p in self.points:
             predicted = "" if p.predicted is None else f"{p.predicted:.4g}"

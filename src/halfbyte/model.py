@@ -1,5 +1,6 @@
 """The central data: a :class:`QModel` and what it is made of. Everything here is frozen; every stage returns a new one."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid
 from halfbyte.formats import Format
+from halfbyte.shown import Shown, plain, text
 
 Params = Mapping[str, Tensor]
 Plan = Mapping[str, Format | None]
@@ -66,8 +68,8 @@ class Target:
     bias_bits: int = 32
 
 
-@dataclass(frozen=True)
-class QModel:
+@dataclass(frozen=True, repr=False)
+class QModel(Shown):
     """A network on its way to integers.
 
     graph: ATen operations; each tensor node carries ``meta["value"]`` (its stable name), ``shape`` and ``dtype``. params:
@@ -113,6 +115,48 @@ class QModel:
     def logged(self, *entries: LogEntry) -> "QModel":
         """The same model with more log."""
         return replace(self, log=(*self.log, *entries))
+
+    def __str__(self) -> str:
+        return text({k: v for k, v in self.facts().items() if k != "values"})
+
+    def facts(self) -> dict[str, Any]:
+        """Ports, target, how many values have which format, and a row for each of them."""
+        formats = Counter("float" if f is None else str(f) for f in self.plan.values())
+        rows = [row for row in self._values() if row["format"] is not None]
+        known = {
+            "inputs": ", ".join(f"{n.target} {list(n.meta['shape'])}" for n in self.inputs),
+            "outputs": ", ".join(self.outputs),
+            "parameters": sum(t.numel() for t in self.params.values()),
+            "target": self.target.name if self.target else None,
+            "formats": ", ".join(f"{count} {name}" for name, count in formats.items()),
+            "calibrated on": f"{self.calibrated} samples" if self.calibrated else None,
+            "warnings": "; ".join(e.message for e in self.log if e.message.startswith("WARNING")),
+            "verdict": next((e.message for e in reversed(self.log) if e.stage == "search"), None),
+            "values": rows,
+        }
+        return {k: v for k, v in known.items() if v}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: ports, values with their formats and ranges, the log; no parameters."""
+        return {
+            "inputs": [{"name": str(n.target), "shape": plain(n.meta["shape"])} for n in self.inputs],
+            "outputs": list(self.outputs),
+            "target": self.target.name if self.target else None,
+            "calibrated": self.calibrated,
+            "values": self._values(),
+            "log": plain(self.log),
+        }
+
+    def _values(self) -> list[dict[str, Any]]:
+        """A row for each value of the plan: name, shape, format, and the ends of its grid."""
+        shapes = {value_name(n): plain(n.meta.get("shape")) for n in self.graph.nodes if "value" in n.meta}
+        rows = []
+        for name, form in self.plan.items():
+            grid = None if form is None else self.grid(name)
+            row = {"name": name, "shape": shapes.get(name), "format": None if form is None else str(form)}
+            ends = (None, None) if grid is None else (float(grid.minimum.min()), float(grid.maximum.max()))
+            rows.append({**row, "minimum": ends[0], "maximum": ends[1]})
+        return rows
 
     def to(self, device: torch.device | str) -> "QModel":
         """The same model on another device."""

@@ -15,6 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
+from halfbyte.shown import Shown
 
 # All values of this many samples are held at once.
 _BATCH = 4
@@ -35,8 +36,8 @@ class Difference:
         return f"value '{self.value}' differs in {self.count} elements: expected {self.expected:g}, the engine computed {self.got:g}"
 
 
-@dataclass(frozen=True)
-class Parity:
+@dataclass(frozen=True, repr=False)
+class Parity(Shown):
     """What was compared, and the verdict.
 
     integer_values, integer_elements, integer_mismatches: values written by integer kernels; none may differ. float_values,

@@ -2,8 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -12,11 +11,13 @@ from torch import fx
 from halfbyte import engine
 from halfbyte.export_onnx import example_inputs
 from halfbyte.graph import layers, macs, tensors, weight_of
-from halfbyte.job import Settings, chosen_recipe, network_of
+from halfbyte.job import chosen_recipe
 from halfbyte.model import LogEntry, QModel, value_name
 from halfbyte.ops import base_name, is_tensor, kind
 from halfbyte.place import place
 from halfbyte.run import run
+from halfbyte.settings import Settings, network_of
+from halfbyte.shown import Shown, aligned
 from halfbyte.sizes import sizes
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
@@ -43,8 +44,8 @@ class LayerPlan:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """What would be done.
 
     float_left: operations computed in float, with the reason. overrides: values that a pattern of the user's changed, with what
@@ -63,20 +64,13 @@ class Plan:
     memory_bytes: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
     def __str__(self) -> str:
         rows = [
             (r.name, r.op, "x".join(map(str, r.shape)), _widths(r), f"{r.macs:,}", f"{r.bytes:,}", r.reason or "")
             for r in self.layers
         ]
         table = [("layer", "op", "weight", "bits", "MACs", "bytes", ""), *rows]
-        widths = [max(len(row[i]) for row in table) for i in range(6)]
-        lines = [
-            "  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[6])).rstrip() for row in table
-        ]
+        lines = [aligned(table)]
         counts = Counter(_widths(r) for r in self.layers)
         lines += [f"override: {text}" for text in self.overrides]
         lines += [f"in float: {name} ({op}): {reason}" for name, op, reason in self.float_left]

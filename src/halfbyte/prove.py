@@ -11,14 +11,15 @@ import json
 import platform
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from halfbyte.errors import HalfbyteError, ParityError, StoreError
+from halfbyte.errors import HalfbyteError, ParityError, StoreError, UsageError
+from halfbyte.shown import Shown
 
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
 PROVIDER = "CPUExecutionProvider"
@@ -27,8 +28,8 @@ _SUFFIX = ":codes"
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
-class Proof:
+@dataclass(frozen=True, repr=False)
+class Proof(Shown):
     """What was compared, and the verdict.
 
     equal: nothing differs that has to be equal. values: integer values compared exactly. rounded: values behind float
@@ -56,10 +57,6 @@ class Proof:
             )
         return text
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 def prove(folder: str | Path) -> Proof:
     """Run a file on the inputs stored beside it, and compare every value with what the simulation expects.
@@ -68,6 +65,8 @@ def prove(folder: str | Path) -> Proof:
     that integer kernels write have to be equal in every element; those behind a float operation may differ by one step of
     their grid. Raises :class:`StoreError` where one of the files is missing or damaged.
     """
+    if not isinstance(folder, str | Path):
+        raise UsageError("a proof is repeated from files: write the model with hb.export(model, 'out'), and give 'out'")
     path = Path(folder)
     model, stored = (path / MODEL, path / PROOF) if path.is_dir() else (path, path.with_name(PROOF))
     described, arrays = read(stored)

@@ -1,194 +1,211 @@
-"""The main job in one call: open the data, choose the recipe, follow it."""
+"""The main job in one call: a network, data, widths; by a recipe, or by the cheapest one that holds a limit."""
 
-import logging
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
+from torch import nn
 
-from halfbyte import engine
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
-from halfbyte.data import Samples, Source, calibration, check_inputs
+from halfbyte.capture import capture
+from halfbyte.data import Samples, Source, labelled
+from halfbyte.data import calibration as unlabelled
 from halfbyte.errors import UsageError
+from halfbyte.formats import Bits, parse_widths
+from halfbyte.graph import output_values
 from halfbyte.grids import GridRule
-from halfbyte.mixed import Widths, widths
-from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
-from halfbyte.overrides import Overrides
+from halfbyte.model import QModel, Target
+from halfbyte.overrides import Overrides, parse_overrides
+from halfbyte.pipeline import by_recipe, choice_of, load_samples, recipe_for
 from halfbyte.preprocess import Preprocess
-from halfbyte.recipe import Context, Recipe, follow, load_recipe
-from halfbyte.run import run
-from halfbyte.targets import find
-from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+from halfbyte.provenance import Hashed, note_data, note_weights
+from halfbyte.recipe import Recipe
+from halfbyte.search import search
+from halfbyte.settings import capture_network, earlier_settings, seconds
 
-_log = logging.getLogger("halfbyte")
-# How far the first batch norm's input may lie from what it was trained on, in its own standard deviations and as a ratio.
-_SHIFT, _SPREAD = 1.0, 3.0
-NO_DATA = "ranges from batch-norm statistics; 64 unlabelled images usually do better"
+Network = QModel | nn.Module | str | PathLike[str]
+_CHOSEN = ("budget", "recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range")
 
 
 def quantize(
-    model: QModel,
-    data: Source | None = None,
+    network: Network,
+    calibration: Source | None = None,
     *,
     target: str | Target = "onnxruntime",
     recipe: str | Recipe | None = None,
-    weight_bits: int | Sequence[int] = 8,
-    activation_bits: int | Sequence[int] = 8,
+    bits: str | Bits | None = None,
+    weight_bits: int | Sequence[int] | None = None,
+    activation_bits: int | Sequence[int] | None = None,
     budget: Budget | str | None = None,
-    activations: GridRule | None = None,
-    weights: GridRule | None = None,
+    max_drop: float | None = None,
+    validation: Source | None = None,
+    activation_range: str | GridRule | None = None,
+    weight_range: str | GridRule | None = None,
+    logit_range: str | None = None,
+    rounding: str | None = None,
+    iterations: int | None = None,
+    time_limit: float | str | None = None,
     overrides: Overrides | None = None,
+    keep_float: Sequence[str] = (),
+    sets: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float]] | None = None,
     preprocess: Preprocess | None = None,
     uniform: bool = False,
     samples: int = 256,
     batch: int = 32,
     seed: int = 0,
-    time_limit: float | None = None,
+    data_free: bool = False,
+    checkpoint: str | None = None,
+    trust: bool = False,
     memory: int | None = None,
     kept: Path | None = None,
     progress: Progress = silent,
 ) -> QModel:
-    """Quantize a captured network after training, with unlabelled data or with none.
+    """Quantize a network after training, with unlabelled data or with none.
 
-    data: a folder of pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for each
-    input); None lets the batch norms stand for data. target: engine by name; ``onnxruntime`` means the variant that is exact on this
-    machine's CPU. recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a :class:`Recipe` (default: ``default`` with data,
-    ``low-bit`` for fewer than 8 bits, ``dfq`` without data). weight_bits, activation_bits: widths; of several, one is chosen for each
-    layer under ``budget`` (:class:`Budget`, or a text such as ``"size=14%"``). uniform: the first and the last layer get fewer than 8
-    bits, too. time_limit: seconds for learned methods. memory: bytes of running values to hold at once while weights are chosen
-    (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. activations, weights: range
-    rules in place of the recipe's. overrides: see :func:`place`. ranges: value -> (lowest, highest) by hand.
-    samples, batch, seed: how much data, in what portions, chosen how. Returns a model that ``predict`` simulates and ``export_onnx``
-    writes.
+    network: a captured model, a module (captured on the first samples), or what ``halfbyte quantize`` takes: ``file.py:callable``,
+    ``package.module:callable``, a ``.pt2`` file, or the folder of an earlier result, whose float network is quantized again with
+    its data and pre-processing unless others are given. checkpoint, trust: how such a network is opened. calibration: a folder of
+    pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for each input); without
+    (``data_free``) the batch norms stand for data. samples, batch, seed: how much of it, in what portions, chosen how.
+
+    target: engine by name; ``onnxruntime`` means the variant that is exact on this machine's CPU. bits, such as ``"W4A8"``, or
+    weight_bits and activation_bits: widths (default: 8); of several, one is chosen for each layer under ``budget``
+    (:class:`Budget`, or a text such as ``"size=14%"``). recipe: a name of ``halfbyte recipes``, a ``.toml`` file or a
+    :class:`Recipe` (default: ``default`` with data, ``low-bit`` for fewer than 8 bits, ``dfq`` without data). activation_range,
+    weight_range: range rules in place of the recipe's, by name or as objects; logit_range, rounding, iterations: other options of
+    its steps. time_limit: for learned methods, seconds or a text such as ``"20m"``. uniform: the first and the last layer get
+    fewer than 8 bits, too. overrides: see :func:`place`; keep_float, sets: the same as patterns and as ``"GLOB=W8A16"``. ranges:
+    value -> (lowest, highest) by hand. memory: bytes of running values to hold at once while weights are chosen (default: a third
+    of what is free). kept: a folder for solved layers, to go on after an interruption.
+
+    max_drop: the cheapest way that loses at most so many points, see :func:`search`: of accuracy on ``validation`` (labelled data
+    that nothing is fitted to), else of decisions that differ from the float network's; the log says whether it was reached.
+
+    Returns a model that ``predict`` simulates and ``export`` writes. Raises :class:`UsageError` for what makes no sense.
     """
-    where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
-    choice, limit = choice_of(weight_bits, activation_bits, budget)
-    chosen = recipe or default_recipe(data is not None, min(*choice.weights, *choice.activations))
-    followed = load_recipe(chosen) if isinstance(chosen, str) else chosen
-    source = None
-    if data is not None:
-        source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
-        m = model.logged(*implausible_inputs(fold_batchnorm(model), next(iter(source), ())))
-    else:
-        m = model.logged(LogEntry("quantize", None, f"no calibration data: {NO_DATA}"))
-    known = {**_input_range(model, preprocess), **(ranges or {})}
-    m = m.logged(LogEntry("quantize", None, f"recipe {followed.name}, version {followed.version}"))
-    if where.narrow_products:
-        reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"
-        m = m.logged(LogEntry("quantize", None, f"target {where.name}: {reason}"))
-    c = replace(
-        context(where, choice, source, progress),
-        overrides=overrides or {},
-        ranges=known if data is None else ranges or {},
-        activations=activations,
-        weights=weights,
-        uniform=uniform,
-        seed=seed,
+    if bits is not None and (weight_bits is not None or activation_bits is not None):
+        raise UsageError("--bits and --weight-bits or --activation-bits were both given: use one form")
+    weight_bits, activation_bits = _widths(bits, weight_bits, activation_bits)
+    if calibration is not None and data_free:
+        raise UsageError("--calibration and --data-free contradict each other: choose one")
+    if isinstance(network, str | PathLike) and Path(network).is_dir():
+        before = earlier_settings(Path(network))
+        calibration = before.calibration if calibration is None and not data_free else calibration
+        preprocess = preprocess or (None if before.preprocess is None else Preprocess.from_dict(before.preprocess))
+    given = {"budget": budget, "recipe": recipe, "rounding": rounding, "iterations": iterations,
+             "activation_range": activation_range, "weight_range": weight_range, "logit_range": logit_range}  # fmt: skip
+    check_search(calibration, max_drop, validation, given)
+    limit = seconds(time_limit)
+    options: dict[str, Any] = {
+        "target": target,
+        "overrides": {**parse_overrides(tuple(keep_float), tuple(sets)), **(overrides or {})},
+        "ranges": ranges,
+        "preprocess": preprocess,
+        "uniform": uniform,
+        "samples": samples,
+        "batch": batch,
+        "seed": seed,
+        "time_limit": limit,
+        "memory": memory,
+        "progress": progress,
+    }
+    if max_drop is not None and calibration is not None:
+        choice, _ = choice_of(weight_bits, activation_bits, None)
+        m = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+        judged = None if validation is None else _validation(m, validation, preprocess, batch)
+        options |= {"weight_bits": choice.weights[0], "activation_bits": choice.activations[0]}
+        return search(m, calibration, max_drop=max_drop, validation=judged, **options).model
+    followed = recipe_for(
+        recipe,
+        data=calibration is not None,
+        choice=choice_of(weight_bits, activation_bits, budget)[0],
+        activation_range=activation_range if isinstance(activation_range, str) else None,
+        weight_range=weight_range if isinstance(weight_range, str) else None,
+        logit_range=logit_range,
+        rounding=rounding,
+        iterations=iterations,
+        time_limit=limit,
+    )
+    m = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+    opened = None
+    if calibration is not None:
+        opened = Hashed(load_samples(m, calibration, preprocess=preprocess, samples=samples, batch=batch, seed=seed))
+    m = by_recipe(
+        m,
+        None if opened is None else opened.samples(),
+        recipe=followed,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        budget=budget,
         kept=kept,
-        time_limit=time_limit,
-        budget=limit,
+        activations=None if isinstance(activation_range, str) else activation_range,
+        weights=None if isinstance(weight_range, str) else weight_range,
+        **options,
     )
-    return follow(followed, m, c if memory is None else replace(c, memory=memory))
+    return note_data(m, opened)
 
 
-def choice_of(
-    weight_bits: int | Sequence[int], activation_bits: int | Sequence[int], budget: Budget | str | None
-) -> tuple[Widths, Budget | None]:
-    """Widths and budget, which need each other. Raises :class:`UsageError`."""
-    choice = widths(weight_bits, activation_bits)
-    if choice.several and budget is None:
-        raise UsageError("several widths are a choice, which needs a bound: give a budget, as in --budget size=14%")
-    if budget is not None and not choice.several:
-        raise UsageError("a budget chooses among widths: give several, as in --weight-bits 2,4,8")
-    return choice, Budget.parse(budget) if isinstance(budget, str) else budget
+def _widths(
+    bits: str | Bits | None, weights: int | Sequence[int] | None, activations: int | Sequence[int] | None
+) -> tuple[int | Sequence[int], int | Sequence[int]]:
+    """Widths from one of the two forms; 8 where nothing is said."""
+    if bits is not None:
+        return parse_widths(str(bits))
+    return 8 if weights is None else weights, 8 if activations is None else activations
 
 
-def context(target: str | Target, choice: Widths, source: Samples | None, progress: Progress) -> Context:
-    """What steps need to know, as it is where a user says nothing else; a third of the free memory may hold running values."""
-    return Context(
-        source,
-        find(target, saturates=engine.saturates()) if isinstance(target, str) else target,
-        choice.weights[0],
-        choice.activations[0],
-        {},
-        {},
-        progress,
-        memory=psutil.virtual_memory().available // 3,
-        widths=choice if choice.several else None,
-    )
+def check_search(data: Source | None, max_drop: float | None, validation: Any, given: Mapping[str, Any]) -> None:
+    """Options that make no sense with, or without, the automatic recipe. Raises :class:`UsageError`."""
+    if max_drop is None:
+        if validation is not None:
+            raise UsageError("--validation is for --max-drop, which was not given")
+        return
+    if data is None:
+        raise UsageError("--max-drop needs --calibration: some samples are held out to judge by")
+    for name in _CHOSEN:
+        if given[name] is not None:
+            raise UsageError(f"--max-drop chooses recipe and widths itself: leave --{name.replace('_', '-')} out")
 
 
-def default_recipe(data: bool, bits: int) -> str:
-    """The recipe for this case where none is named."""
-    if not data:
-        return "dfq"
-    return "default" if bits >= 8 else "low-bit"
+def _validation(m: QModel, data: Source, preprocess: Preprocess | None, batch: int) -> Any:
+    shape = output_values(m.graph)[0].meta["shape"]
+    classes = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
+    names = [str(n.target) for n in m.inputs]
+    return labelled(data, preprocess=preprocess, input_names=names, outputs=classes, batch=batch)
 
 
-def _input_range(model: QModel, preprocess: Preprocess | None) -> dict[str, tuple[float, float]]:
-    """The range that pixels of 0..255 have behind the pre-processing, for a network of one input."""
-    if preprocess is None or len(model.inputs) != 1:
-        return {}
-    ends = [(pixel - mean) / std for pixel in (0.0, 255.0) for mean, std in preprocess.statistics]
-    return {value_name(model.inputs[0]): (min(ends), max(ends))}
-
-
-def load_samples(
-    model: QModel,
-    data: Source,
+def captured(
+    network: Network,
+    data: Source | None = None,
     *,
+    checkpoint: str | None = None,
+    trust: bool = False,
     preprocess: Preprocess | None = None,
-    samples: int = 256,
-    batch: int = 32,
-    seed: int = 0,
-) -> Samples:
-    """Open unlabelled data for a network and check that its first batch fits the network's inputs."""
-    names = [str(n.target) for n in model.inputs]
-    source = (
-        data
-        if isinstance(data, Samples)
-        else calibration(data, preprocess=preprocess, input_names=names, samples=samples, batch=batch, seed=seed)
+) -> QModel:
+    """Any form of a network as a captured model; a module is captured on zeros of the pre-processing's size, else on samples."""
+    if isinstance(network, QModel):
+        return network
+    if not isinstance(network, nn.Module):
+        return note_weights(capture_network(str(network), checkpoint, trust, preprocess))
+    if preprocess is not None:
+        return note_weights(capture(network, (torch.zeros(2, preprocess.channels, *preprocess.shape),)))
+    if data is None or isinstance(data, Iterator):
+        why = "there are no samples" if data is None else "samples that come only once are needed to calibrate"
+        raise UsageError(
+            f"the module has to be captured, and {why}: capture it first with hb.capture(net, example inputs)"
+        )
+    parameters = inspect.signature(network.forward).parameters.values()
+    names = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    few = (
+        data if isinstance(data, Samples) else unlabelled(data, preprocess=None, input_names=names, samples=2, batch=2)
     )
-    expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in model.inputs]
-    for first in source:
-        check_inputs(first, expected, f"{source.description}, batch 0")
-        break
-    return source
-
-
-@torch.inference_mode()
-def implausible_inputs(m: QModel, batch: Inputs) -> list[LogEntry]:
-    """Warn where the first batch norm sees something else than in training: the pre-processing is probably wrong.
-
-    A batch norm remembers mean and spread of its input over the training data; folding kept them as moments of the layer's
-    value. Data of the right kind reproduces them roughly, whatever the pictures show.
-    """
-    first = next((n for n in m.graph.nodes if "value" in n.meta and value_name(n) in m.moments), None)
-    if first is None or not batch:
-        return []
-    moments = m.moments[value_name(first)]
-    (y,) = run(m.as_float(), tuple(t.to(moments.mean.device) for t in batch), stop=value_name(first))
-    flat = y.movedim(1, 0).flatten(1)
-    alive = moments.std > 1e-3 * moments.std.max()
-    shift = ((flat.mean(1) - moments.mean).abs() / moments.std.clamp(min=1e-12))[alive].median()
-    ratio = (flat.std(1) / moments.std.clamp(min=1e-12))[alive].median()
-    if float(shift) <= _SHIFT and 1 / _SPREAD <= float(ratio) <= _SPREAD:
-        return []
-    x = batch[0].float()
-    low, high, spread = float(x.min()), float(x.max()), float(x.std())
-    if low >= 0 and high > 2:
-        cause = "the input looks like raw pixels (0 to 255): were mean and std forgotten?"
-    elif low >= 0 and high <= 1:
-        cause = "the input lies in 0..1: mean and std are expected on the 0..255 scale, were they left out or is the scale wrong?"
-    elif spread < 0.1:
-        cause = "the input hardly varies: were mean and std applied twice, or are they meant for pixels in 0..1?"
-    else:
-        cause = "mean, std or the order of colours is probably not what the network was trained with"
-    message = f"its input is unlike the training data (off by {float(shift):.1f} deviations, spread {float(ratio):.2g} times): {cause}"
-    warnings.warn(f"{value_name(first)}: {message}", stacklevel=2)
-    return [LogEntry("quantize", value_name(first), f"WARNING {message}")]
+    for first in few:
+        return note_weights(capture(network, tuple(first)))
+    raise UsageError("the module has to be captured on samples, and there are none")

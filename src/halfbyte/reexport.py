@@ -1,8 +1,9 @@
-"""Another file from an earlier result: in another container, or for another target that runs the same integers."""
+"""A quantized model as an output folder; and another file from an earlier result, of the same integers."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,51 +11,95 @@ from halfbyte import engine
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.export_onnx import Container
-from halfbyte.job import Stages, check_output, clear, earlier_settings, finish, open_output, save_progress
+from halfbyte.job import Exported, Stages, finish, save_progress
 from halfbyte.model import LogEntry, QModel, Target
 from halfbyte.ops import kind
+from halfbyte.output import Result, check_output, clear, open_output
+from halfbyte.preprocess import Preprocess
+from halfbyte.settings import Settings, earlier_settings
 from halfbyte.targets import find
 
 
-def export_job(
-    source: Path,
-    out: Path,
+def export(
+    source: Result,
+    output: str | PathLike[str],
     *,
     target: str | None = None,
     container: Container | None = None,
+    static_batch: int | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    encodings: bool = False,
+    preprocess: Preprocess | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
-    """Write and prove another file from the quantized model in ``source``; nothing is calibrated, no integer changes.
+) -> Exported:
+    """Write a quantized model as ``halfbyte quantize`` does: the proven file, its proof, summary, report and checkpoint.
 
-    source: an output folder. out: the folder for the new result, as ``quantize`` makes it. target, container: default to the
-    earlier ones. Returns the summary. Raises :class:`UsageError` where the target would run other integers, and what
-    :func:`quantize_job` raises.
+    source: a model that :func:`quantize` returned; or an output folder, to write its integers once more: nothing is calibrated
+    again. output: the folder for the result. target: another one that runs the same integers. container: how weights of 4 and
+    fewer bits are stored, ``packed`` or ``int8``. static_batch, input_names, output_names: of the file. encodings: AIMET's, too.
+    preprocess: what a model's samples went through, so that ``evaluate`` does the same. What is not given is as before, or as
+    :func:`export_onnx` does it. Raises :class:`UsageError` where the target would run other integers or the output exists,
+    :class:`ParityError` where the file is not proven.
     """
-    m, _, _, described = open_output(source)
-    settings = earlier_settings(source)
-    where = find(target or settings.target, saturates=engine.saturates())
-    found = differences(m, where)
-    if found:
-        raise UsageError(
-            f"'{source}' cannot be written for {where.name}: {'; '.join(found)}: quantize again: halfbyte "
-            + shlex.join(["quantize", str(source), "--target", target or settings.target, "-o", str(out)])
-        )
+    out = Path(output)
+    given = {"target": target, "container": container, "static_batch": static_batch, "encodings": encodings,
+             "input_names": tuple(input_names), "output_names": tuple(output_names),
+             "preprocess": None if preprocess is None else preprocess.to_dict()}  # fmt: skip
+    if isinstance(source, QModel):
+        m, settings, command, recipe = source, _settings_of(source), "", {}
+    else:
+        m, _, _, described = open_output(Path(source))
+        settings, recipe = earlier_settings(Path(source)), described["configuration"]["recipe"]
+    changed: dict[str, Any] = {k: v for k, v in given.items() if v}
+    settings = replace(settings, **changed, output=str(out))
+    assert m.target is not None  # quantized models have one
+    where = (
+        m.target
+        if isinstance(source, QModel) and target is None
+        else find(settings.target, saturates=engine.saturates())
+    )
+    _check_target(source, m, where, settings)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise UsageError(f"the output folder '{out}' exists: use --overwrite to replace it, or another -o")
-    check_output(out, resume=False, overwrite=overwrite, source=str(source))
+    check_output(out, resume=False, overwrite=overwrite, source="" if isinstance(source, QModel) else str(source))
     if overwrite and out.exists():
         clear(out)
-    changed = {"target": target or settings.target, "container": container or settings.container, "output": str(out)}
-    settings = replace(settings, **changed)  # type: ignore[arg-type]
-    entry = f"for {where.name}, weights {settings.container}: from an earlier result, not calibrated again"
-    m = replace(m, target=where).logged(LogEntry("export", None, entry))
     stages = Stages(progress)
+    if not isinstance(source, QModel):
+        entry = f"for {where.name}, weights {settings.container}: from an earlier result, not calibrated again"
+        m = m.logged(LogEntry("export", None, entry))
+        # the last option counts, so that this quantizes to the same
+        options = ["--target", settings.target, "--container", settings.container, "-o", str(out)]
+        command = f"{described['command']} {shlex.join(options)}".strip()
+    m = replace(m, target=where)
     save_progress(out, settings, m, stages)
-    # the last option counts, so that this quantizes to the same
-    options = ["--target", settings.target, "--container", settings.container, "-o", str(out)]
-    command = f"{described['command']} {shlex.join(options)}"
-    return finish(out, settings, m, stages, command, described["configuration"]["recipe"])
+    return finish(out, settings, m, stages, command, recipe)
+
+
+def _settings_of(m: QModel) -> Settings:
+    """What a model says about how it was made."""
+    if m.target is None or not m.grids:
+        raise UsageError("the model has no grids yet, so that there are no integers to export: call hb.quantize first")
+    weights = {str(n.meta["value"]) for n in m.graph.nodes if n.op == "get_attr" and "value" in n.meta}
+    widths = [
+        sorted({f.bits for v, f in m.plan.items() if f is not None and (v in weights) is w}) for w in (True, False)
+    ]
+    w, a = (",".join(map(str, bits)) or "8" for bits in widths)
+    return Settings(network="", calibration=None, output="", target=m.target.name, bits=f"W{w}A{a}")
+
+
+def _check_target(source: Result, m: QModel, where: Target, settings: Settings) -> None:
+    found = differences(m, where)
+    if not found:
+        return
+    if isinstance(source, QModel):
+        again = f"hb.quantize(..., target='{settings.target}')"
+    else:
+        again = "halfbyte " + shlex.join(["quantize", str(source), "--target", settings.target, "-o", settings.output])
+    name = "the model" if isinstance(source, QModel) else f"'{source}'"
+    raise UsageError(f"{name} cannot be written for {where.name}: {'; '.join(found)}: quantize again: {again}")
 
 
 def differences(m: QModel, target: Target) -> list[str]:

@@ -2,18 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte import engine
+from halfbyte import engine, engines
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Labelled, Samples, Source, calibration, check_inputs, labelled
 from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.integer import predict
 from halfbyte.model import Inputs, QModel
+from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
 
 _EVERY = 2**31 - 1  # a limit that no data set reaches
@@ -46,6 +50,7 @@ def open_data(
     preprocess: Preprocess | None,
     limit: int | None,
     batch: int,
+    classes: str | PathLike[str] | None = None,
 ) -> Labelled | Samples | None:
     """Labelled or unlabelled samples for a network, or None. Raises :class:`UsageError` if both are given."""
     if data is not None and unlabelled is not None:
@@ -54,10 +59,31 @@ def open_data(
     if data is not None:
         shape = output_values(m.graph)[0].meta["shape"]
         outputs = shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
-        return labelled(data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit)
+        return labelled(
+            data, preprocess=preprocess, input_names=names, outputs=outputs, batch=batch, limit=limit, classes=classes
+        )
     if unlabelled is None:
         return None
     return calibration(unlabelled, preprocess=preprocess, input_names=names, samples=limit or _EVERY, batch=batch)
+
+
+def labelled_or_not(
+    m: QModel,
+    data: str | PathLike[str],
+    *,
+    preprocess: Preprocess | None,
+    samples: int,
+    classes: str | PathLike[str] | None = None,
+) -> list[Any]:
+    """The first samples with their labels, or, where there are none and nobody names classes, without."""
+    try:
+        return list(
+            open_data(m, data, None, preprocess=preprocess, limit=samples, batch=samples, classes=classes) or ()
+        )
+    except DataError:
+        if classes is not None:
+            raise
+        return list(open_data(m, None, data, preprocess=preprocess, limit=samples, batch=samples) or ())
 
 
 @torch.inference_mode()
@@ -69,7 +95,8 @@ def decisions(
     A decision is the largest of dimension 1 of the first output; where there are further dimensions (pixels), a sample has
     many. Raises :class:`DataError` for no data, :class:`UsageError` for a network that does not decide.
     """
-    reference, session = m.as_float(), engine.session(file, threads=threads)
+    reference, session = m.as_float(), engines.opened(engines.engine_of(m), file, threads=threads)
+    codes = partial(input_codes, m) if engines.takes_bytes(session) else tuple
     expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
     rows: dict[str, list[Tensor]] = {"float": [], "file": [], "agreement": []}
     labels = isinstance(data, Labelled)
@@ -77,7 +104,7 @@ def decisions(
         x, target = (item[0], item[1]) if labels else (item, None)
         if i == 0:
             check_inputs(x, expected, f"batch 0 of {data.description}")  # type: ignore[arg-type]
-        decided = _decided(reference, session, x)  # type: ignore[arg-type]
+        decided = _decided(reference, session, x, codes(x))  # type: ignore[arg-type]
         right = target if isinstance(target, Tensor) else decided["float"]
         if right.shape != decided["float"].shape:
             raise UsageError("the network decides for each pixel, and labels are one for each sample: use --unlabelled")
@@ -90,8 +117,8 @@ def decisions(
     return Decisions(**{k: torch.cat(v) for k, v in rows.items()}, labels=labels)
 
 
-def _decided(reference: QModel, session: object, x: Inputs) -> Mapping[str, Tensor]:
-    outputs = {"float": predict(reference, x)[0], "file": torch.from_numpy(engine.infer(session, x)[0])}
+def _decided(reference: QModel, session: object, x: Inputs, fed: Inputs) -> Mapping[str, Tensor]:
+    outputs = {"float": predict(reference, x)[0], "file": torch.from_numpy(engine.infer(session, fed)[0])}
     if outputs["float"].ndim < 2 or outputs["float"].shape[1] < 2:
         shape = list(outputs["float"].shape)
         raise UsageError(

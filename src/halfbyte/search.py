@@ -22,11 +22,13 @@ from halfbyte.formats import Bits, Format
 from halfbyte.graph import by_value, layers, output_values, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.overrides import Overrides
+from halfbyte.pipeline import by_recipe, load_samples
 from halfbyte.preprocess import Preprocess
 from halfbyte.probes import Bench, Portion, bench, each_alone
-from halfbyte.quantize import load_samples, quantize
+from halfbyte.provenance import Hashed, note_data
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.run import run, simulate
+from halfbyte.shown import Shown, plain
 
 _DOUBT = (
     0.16  # the chance, over all attempts, of calling the limit held where it is not: one standard error of one attempt
@@ -52,8 +54,8 @@ class Attempt:
         return f"{self.name}: {found}, {self.seconds:.1f} s"
 
 
-@dataclass(frozen=True)
-class Found:
+@dataclass(frozen=True, repr=False)
+class Found(Shown):
     """The answer: the model of the first attempt that holds the limit, else of the best one.
 
     limit: points allowed. labelled: points of accuracy, else of decisions that differ from the float network's. samples: held out.
@@ -79,22 +81,15 @@ class Found:
         more = f"; {few} samples at least are needed to show {self.limit:g} points" if self.samples < few else ""
         return f"not reached: the limit is {self.limit:g}, best was {self.chosen.name}: {found}: train{more}"
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return "\n".join([*(str(a) for a in self.attempts), self.verdict])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{a.name}</td><td>{a.points:.2f}</td><td>{a.bound:.2f}</td><td>{a.seconds:.1f} s</td></tr>"
-            for a in self.attempts
-        )
-        return f"<p>{self.verdict}</p><table>{rows}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the model."""
         return {
             **{k: getattr(self, k) for k in ("reached", "limit", "labelled", "samples", "verdict")},
             "chosen": self.chosen.name,
-            "attempts": [dict(vars(a)) for a in self.attempts],
+            "attempts": plain(self.attempts),
         }
 
 
@@ -149,14 +144,14 @@ def search(
     if len(outputs) != 1 or len(outputs[0].meta["shape"]) != 2:
         raise UsageError("max_drop counts decisions: it needs a network with one output of class scores [N, classes]")
     held = 0 if validation is not None else min(_MOST, max(_FEWEST, math.ceil(_PER_EVENT * 100 / max_drop)))
-    source = load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed)
-    fit, out = _split(source, samples, held)
+    source = Hashed(load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed))
+    fit, out = _split(source.samples(), samples, held)
     portions: list[Portion] = [(x, None) for x in out] if validation is None else list(validation)
     if not portions:
         raise DataError("there are no samples to judge by")
     common = {"target": target, "weight_bits": weight_bits, "activation_bits": activation_bits, "samples": samples,
               "batch": batch, "seed": seed, "preprocess": preprocess, "progress": progress, **options}  # fmt: skip
-    hunt = _Hunt(model, fit, bench(model, portions), max_drop, common, dict(overrides or {}))
+    hunt = _Hunt(note_data(model, source), fit, bench(model, portions), max_drop, common, dict(overrides or {}))
     return hunt.found()
 
 
@@ -247,7 +242,7 @@ class _Hunt:
     def attempt(self, name: str, recipe: Recipe, overrides: Overrides) -> Attempt:
         """Quantize, judge, and keep what is best."""
         start = time.perf_counter()
-        m = quantize(self.model, self.fit, recipe=recipe, overrides=overrides, **self.options)
+        m = by_recipe(self.model, self.fit, recipe=recipe, overrides=overrides, **self.options)
         changes, noise = self.judged(m)
         bound = upper_bound(changes, len(self.attempts) + 1)
         done = Attempt(name, float(changes.mean()), bound, noise, time.perf_counter() - start)

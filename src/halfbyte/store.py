@@ -24,6 +24,7 @@ from halfbyte.formats import Format
 from halfbyte.model import LogEntry, Moments, QModel, Target
 
 VERSION = 1
+CHECKPOINT = "checkpoint"  # in the folder of a result
 _GRAPH, _TENSORS = "graph.json", "tensors.safetensors"
 _ARITHMETIC = "add sub mul floordiv truediv mod neg pow getitem eq ne lt le gt ge".split()
 _TORCH_TYPES = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
@@ -66,8 +67,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def load(folder: str | Path) -> QModel:
-    """Read a model that :func:`save` has written. Raises :class:`StoreError` for anything else."""
+    """Read a model that :func:`save` has written, or that lies in the folder of a result. Raises :class:`StoreError`."""
     folder = Path(folder)
+    if not (folder / _GRAPH).exists() and (folder / CHECKPOINT / _GRAPH).exists():
+        folder = folder / CHECKPOINT
     try:
         described = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
         tensors = load_file(folder / _TENSORS)

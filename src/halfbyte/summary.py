@@ -20,10 +20,10 @@ from halfbyte.evaluate import signal_to_noise
 from halfbyte.graph import bias_of, is_real, layers, macs, tensors, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import Kind, base_name, kind
+from halfbyte.output import SCHEMA
 from halfbyte.parity import Parity
 from halfbyte.run import run, simulate
 
-SCHEMA = 1
 _BINS = 64
 _KERNELS = {Kind.CONV: "QLinearConv", Kind.LINEAR: "QGemm"}
 

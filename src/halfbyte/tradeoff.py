@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 
 import jinja2
@@ -14,9 +16,10 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.mixed import Point, Tradeoff, widths
-from halfbyte.model import QModel, Target
+from halfbyte.model import Target
+from halfbyte.pipeline import context, default_recipe, load_samples
 from halfbyte.preprocess import Preprocess
-from halfbyte.quantize import context, default_recipe, load_samples
+from halfbyte.quantize import Network, captured
 from halfbyte.recipe import Recipe, front_of, load_recipe
 from halfbyte.store import write_whole
 
@@ -25,8 +28,8 @@ _LEAST = 1e-7
 
 
 def tradeoff(
-    model: QModel,
-    data: Source,
+    network: Network,
+    calibration: Source,
     *,
     target: str | Target = "onnxruntime",
     recipe: str | Recipe | None = None,
@@ -39,23 +42,35 @@ def tradeoff(
     samples: int = 256,
     batch: int = 32,
     seed: int = 0,
+    checkpoint: str | None = None,
+    trust: bool = False,
     name: str = "",
+    output: str | Path | None = None,
     progress: Progress = silent,
 ) -> Tradeoff:
     """Measure networks of chosen widths over a sweep of budgets, and uniform ones beside them.
 
-    data, target, recipe, preprocess, uniform, samples, batch, seed: as for :func:`quantize`. weight_bits, activation_bits: the
-    widths to choose among. by: the cost that the budgets bound, ``size``, ``logical_size`` or ``bops``. points: budgets tried.
-    Raises :class:`UsageError` where there is nothing to choose among.
+    network, calibration, checkpoint, trust, target, recipe, preprocess, uniform, samples, batch, seed: as for :func:`quantize`.
+    weight_bits, activation_bits: the widths to choose among. by: the cost that the budgets bound, ``size``, ``logical_size`` or
+    ``bops``. points: budgets tried. name: of the network, for the page. output: a folder for ``tradeoff.json`` and
+    ``tradeoff.html``. Raises :class:`UsageError` where there is nothing to choose among, :class:`StoreError` where the folder
+    cannot be written.
     """
+    if output is not None:
+        _check(Path(output))
     choice = widths(tuple(weight_bits), tuple(activation_bits))
     if not choice.several:
         raise UsageError("a front needs several widths: name them as in --weight-bits 2,4,8")
     found = recipe or default_recipe(True, min(*choice.weights, *choice.activations))
     followed = load_recipe(found) if isinstance(found, str) else found
-    source = load_samples(model, data, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
+    model = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+    source = load_samples(model, calibration, preprocess=preprocess, samples=samples, batch=batch, seed=seed)
     c = replace(context(target, choice, source, progress), uniform=uniform, seed=seed)
-    return front_of(followed, model, c, name=name, by=by, points=points)
+    named = name or (str(network) if isinstance(network, str | PathLike) else "")
+    front = front_of(followed, model, c, name=named, by=by.replace("-", "_"), points=points)
+    if output is not None:
+        write(front, Path(output))
+    return front
 
 
 def page(found: Tradeoff) -> str:
@@ -88,6 +103,14 @@ def page(found: Tradeoff) -> str:
 def _log_share(value: float, low: float, high: float) -> float:
     """Where a value lies between two others, on a logarithmic scale."""
     return math.log(value / low) / max(math.log(high / low), 1e-9)
+
+
+def _check(folder: Path) -> None:
+    """Refuse before the work what could not be written after it. Raises :class:`StoreError`."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"the output '{folder}' is a file: name a folder")
+    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
+        raise StoreError(f"cannot write to '{folder}': permission denied")
 
 
 def write(found: Tradeoff, folder: Path) -> None:
