@@ -123,7 +123,7 @@ def spiked(s: Subject) -> nn.Module:
     return net
 
 
-def _ranged(m: QModel, factor: float) -> QModel:
+def ranged(m: QModel, factor: float) -> QModel:
     """The second half of all running values with ranges of ``factor`` times the right ones."""
     weights = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
     own = [v for v in m.grids if v not in weights and v not in m.ties and m.grids[v].scale.ndim == 0]
@@ -140,12 +140,12 @@ def _ranged(m: QModel, factor: float) -> QModel:
 
 def wide(s: Subject) -> Planted:
     """Ranges forty times too wide."""
-    return _ranged(s.quantized(), 40.0), None, None
+    return ranged(s.quantized(), 40.0), None, None
 
 
 def narrow(s: Subject) -> Planted:
     """Ranges a tenth as wide as they should be."""
-    return _ranged(s.quantized(), 0.1), s.data, None
+    return ranged(s.quantized(), 0.1), s.data, None
 
 
 def truncated(s: Subject) -> Planted:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import wilcoxon
 from torch import nn
 
 import halfbyte as hb
 from halfbyte.diagnose import diagnose
 from halfbyte.errors import DataError, UsageError
-from halfbyte.probes import bench, each_alone, each_left_out, quantizers
+from halfbyte.matching import match, signed_rank
+from halfbyte.probes import Bench, bench, each_alone, each_left_out, quantizers
 from halfbyte.run import simulate
 from halfbyte.targets import ONNXRUNTIME_AVX2
-from planted import FAULTS, Subject, float_layer, wide
+from planted import FAULTS, Subject, float_layer, ranged, wide
 from tiny import array, halfbyte, quantized
 from trained import NETWORKS, pixels, prepared, trained
 
@@ -132,6 +134,112 @@ def test_network_without_batch_norms_or_classes() -> None:
     d = diagnose(m, [x])
     assert d.cause.name == "nothing found"
     assert any("no batch norm" in s.detail for s in d.steps)
+
+
+def test_signed_rank_is_wilcoxons() -> None:
+    g = torch.Generator().manual_seed(0)
+    for count in (5, 16, 40):
+        change = torch.randn(count, generator=g, dtype=torch.float64) + 0.3
+        wanted = wilcoxon(change.numpy(), method="approx", alternative="greater").zstatistic
+        assert signed_rank(change) == pytest.approx(float(wanted))
+    assert signed_rank(torch.zeros(4)) == 0
+
+
+def test_order_of_colours_shows_without_moments_or_labels(subject: Subject) -> None:
+    """Colours that are swapped after mean and deviation were made equal leave every channel's statistics as they are."""
+    m = replace(hb.fold_batchnorm(subject.capture()), moments={})
+    x = subject.samples
+    alike = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+    told = match(m, (alike.flip(1),))
+    assert told is not None and told.off and told.options == "--color bgr"
+    assert match(m, (alike,)) is None
+
+
+def test_usual_scalings_are_told_apart() -> None:
+    """Of the four ways to give pixels, the one that was taken and the one that the first batch norm remembers."""
+    statistics = {"0..255": (0.0, 1.0), "0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "ImageNet": (
+        torch.tensor((123.675, 116.28, 103.53)).view(1, 3, 1, 1), torch.tensor((58.395, 57.12, 57.375)).view(1, 3, 1, 1))}  # fmt: skip
+    raw = pixels(128, 3)[0]
+    raw = (raw - raw.amin()) / (raw.amax() - raw.amin()) * 255
+    torch.manual_seed(0)
+    for expected, (mean, std) in statistics.items():
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        net((raw - mean) / std)  # in train mode: the batch norm remembers
+        m = hb.fold_batchnorm(hb.capture(net.eval(), raw[:2]))
+        for given, (other_mean, other_std) in statistics.items():
+            told = match(m, (((raw - other_mean) / other_std),))
+            assert told is not None
+            assert told.repairable == (given != expected), (given, expected, told)
+            if given != expected:
+                assert told.exact and f"as {given}" in told.repair.replace("those of ImageNet", "ImageNet"), told
+                assert f"where {expected}" in told.repair.replace("those of ImageNet", "ImageNet"), told
+
+
+def test_where_nothing_is_left_of_the_signal_a_cause_is_judged_alone(subject: Subject) -> None:
+    """Ranges a tenth as wide somewhere, and two bits for the weights besides: taking one away alone helps little."""
+    m, data, _ = FAULTS["narrow ranges"][0](subject)
+    ruined = replace(m, grids=dict(m.grids))
+    for v, grid in m.grids.items():
+        if v in m.params:
+            ruined.grids[v] = replace(grid, scale=grid.scale * 60)  # type: ignore[index]
+    d = diagnose(ruined, data, repairs=False)
+    assert {"too wide ranges", "too narrow ranges"} <= {c.name for c in d.causes}, d
+
+
+def test_sums_that_a_wrong_range_makes_large_are_not_the_cause(plain: Subject) -> None:
+    m = ranged(plain.quantized(), 1e-6)
+    d = diagnose(m, plain.data, repairs=False)
+    assert d.cause.name == "too narrow ranges", d
+
+
+def test_what_chance_explains_is_not_lost() -> None:
+    """Sixteen samples of which two turn wrong say little; ninety of which a quarter do say enough; even odds cost nothing."""
+
+    def sure(samples: int, wrong: int, labelled: bool, margin: float = 9.0) -> tuple[float, float]:
+        wanted = torch.zeros(samples, 4)
+        wanted[:, 1] = margin
+        got = wanted.clone()
+        got[:wrong, 2] = 2 * margin
+        y = torch.ones(samples, dtype=torch.int64) if labelled else None
+        tally = Bench([((torch.zeros(samples, 1),), y)], [(wanted,)]).tally()
+        tally.add((got,))
+        score = tally.score
+        assert score.lost is not None and score.sure is not None and score.sure < score.lost
+        return score.lost, score.sure
+
+    for labelled in (True, False):
+        assert sure(16, 2, labelled)[0] == pytest.approx(2 / 16, rel=1e-2)
+        assert sure(16, 2, labelled)[1] < 0.01
+        assert sure(90, 23, labelled)[1] > 0.1
+        assert sure(1, 1, labelled)[1] < 0.01
+    assert sure(90, 23, labelled=False, margin=0.01)[0] < 0.01
+
+
+def test_structural_float_operations_are_told_behind_nothing_found() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)).eval()
+    x = torch.randn(8, 3, 10, 10)
+    d = diagnose(hb.quantize(hb.capture(net, x), [x], target=ONNXRUNTIME_AVX2), [x])
+    assert [c.name for c in d.causes] == ["nothing found", "an operation left in float"]
+
+
+def test_biased_error_without_biases() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 3, bias=False),
+    ).eval()
+    x = torch.randn(16, 3, 12, 12)
+    m = hb.quantize(hb.capture(net, x), [x], target=ONNXRUNTIME_AVX2, weight_bits=5, uniform=True, recipe="default")
+    grid = m.grids["2.weight"]
+    cut = m.params["2.weight"] - 0.499 * grid.scale.reshape(-1, 1, 1, 1)
+    m = replace(m, tuned={k: t for k, t in m.tuned.items() if not k.startswith("2.")} | {"2.weight": cut})
+    d = diagnose(m, [x], repairs=False)
+    assert d.cause.name == "biased error of layers", d
+    assert d.cause.values[0] == "2"
 
 
 def test_command(tmp_path: Path) -> None:

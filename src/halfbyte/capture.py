@@ -1,11 +1,12 @@
 """A network and an example become a :class:`QModel`: ``torch.export``'s ATen graph with stable value names."""
 
+import io
 import logging
 import operator
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, cast
 
 import torch
@@ -84,13 +85,35 @@ def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
         if len(sizes) == 1 and all(t.ndim for t in inputs):
             example = doubled(inputs)
             try:
-                return export(net, example, dynamic_shapes=_free_batch(example))
+                return _quietly(net, example, dynamic_shapes=_free_batch(example))
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
         try:
-            return export(net, inputs)
+            return _quietly(net, inputs)
         except Exception as error:
-            raise CaptureError(f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}") from error
+            _check_runs(net, inputs)
+            raise CaptureError(
+                f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}; forward has to take one path for all "
+                "data (torch.where in place of an if) and to compute with torch alone"
+            ) from error
+
+
+def _quietly(net: nn.Module, inputs: Inputs, **options: Any) -> ExportedProgram:
+    """Where torch gives up it prints the whole graph, which would bury the reason."""
+    with redirect_stderr(io.StringIO()):
+        return export(net, inputs, **options)
+
+
+def _check_runs(net: nn.Module, inputs: Inputs) -> None:
+    """Raise :class:`CaptureError` where not the capture is at fault, but the example."""
+    try:
+        net(*inputs)
+    except Exception as error:
+        given = " and ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in inputs)
+        raise CaptureError(
+            f"{type(net).__name__} does not run on an example of shape {given}: {_first_line(error)}; give an example as "
+            "the network takes it, batch first"
+        ) from error
 
 
 def _free_batch(inputs: Inputs) -> Any:

@@ -1,5 +1,6 @@
 """The causes that a diagnosis can name: small rules, each with evidence, a threshold with its reason, a score and a command."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,9 @@ from halfbyte.ops import base_name
 from halfbyte.parity import Parity
 from halfbyte.probes import Bench, LayerError, Score, Seen
 
-_WORTH = 0.01  # 20 dB: below, there is nothing to look for
+_WORTH = 0.01  # of noise (20 dB), or of the work: below, there is nothing to look for
 FINE = 0.05  # noise-to-signal at the outputs (13 dB): on trained classifiers about a point of decisions flips from there on
-POINTS = 1.0  # of accuracy or of flipped decisions: the white paper's threshold for its second box
+POINTS = 1.0  # of accuracy: the white paper's threshold for its second box
 _GAIN = 0.3  # of the output's noise: what explains less is not what to begin with
 _MISFIT = 4.0  # a grid with this many times the error of the best one costs a bit or more
 _DOMINATES = 8.0  # the widest channel over the median one: the median channel is left with three bits fewer
@@ -59,9 +60,7 @@ class Evidence:
     @property
     def fine(self) -> bool:
         """Nothing is lost that anybody would notice."""
-        one = 100 / max(self.bench.samples, 1)  # a single decision may be chance
-        lost = self.points
-        return self.whole.noise <= FINE and (lost is None or lost - one <= POINTS)
+        return self.whole.noise <= FINE and (self.whole.sure is None or 100 * self.whole.sure <= POINTS)
 
     @property
     def faultless(self) -> bool:
@@ -70,24 +69,32 @@ class Evidence:
 
     @property
     def points(self) -> float | None:
-        """Points of accuracy lost, or of decisions flipped where there are no labels; None without classes."""
-        if self.whole.right is not None and self.floats.right is not None:
-            return 100 * (self.floats.right - self.whole.right)
-        return None if self.whole.flips is None else 100 * self.whole.flips
+        """Points of accuracy lost, expected ones where there are no labels; None without classes."""
+        return None if self.whole.lost is None else 100 * self.whole.lost
 
-    def gain(self, grids: Mapping[str, Grid] | None = None, tuned: Mapping[str, Tensor] | None = None) -> float:
-        """The share of the output's noise that goes when these grids or parameters take the place of the model's.
+    def gain(self, grids: Mapping[str, Grid] | None = None, shifts: Mapping[str, Tensor] | None = None) -> float:
+        """The share of the output's noise that goes when these grids take the place of the model's, or these shifts are undone.
 
-        A layer whose weight gets another grid gets the bias that goes with it.
+        A layer whose weight gets another grid gets the bias that goes with it. Where nothing is left of the signal, noise adds
+        up no longer and taking one cause away changes nothing: then it counts what the cause does alone.
         """
-        now = replace(self.m, grids={**self.m.grids, **(grids or {})}, tuned={**self.m.tuned, **(tuned or {})})
+        if self.whole.noise <= 0:
+            return 0.0
+        now = replace(self.m, grids={**self.m.grids, **(grids or {})})
         inputs: dict[tuple[str, int], ChannelMoments] = {}
+        names = set(grids or {})
         for layer in layers(self.m.graph):
             weight, name = weight_of(layer), value_name(layer)
             if weight is not None and value_name(weight) in (grids or {}) and name in self.errors:
                 inputs[value_name(layer.args[0]), input_axis(layer)] = self.errors[name].inputs  # type: ignore[arg-type]
-        after = self.bench.quantized(correct_expected(now, inputs) if inputs else now).noise
-        return max(0.0, 1 - after / self.whole.noise) if self.whole.noise > 0 else 0.0
+            if weight is not None and name in (shifts or {}):
+                names.add(value_name(weight))
+        now = correct_expected(now, inputs) if inputs else now
+        gain = 1 - self.bench.quantized(now, shifts=shifts).noise / self.whole.noise
+        if gain < _GAIN:
+            before, after = self.bench.alone(self.m, names).noise, self.bench.alone(now, names, shifts).noise
+            gain = max(gain, (min(before, 1.0) - min(after, 1.0)) / min(self.whole.noise, 1.0))
+        return max(0.0, gain)
 
     def again(self, *options: str) -> str:
         """The command that made the model, with other options."""
@@ -255,7 +262,9 @@ def uneven(e: Evidence) -> Iterable[Cause]:
     yield from _uneven_weights(e)
     broad = {v: _dominance(s.high, s.low) for v, s in e.seen.items()}
     fitting = [v for v, s in e.seen.items() if _misfit(s) <= _MISFIT]
-    values = [v for v in fitting if broad[v] >= _DOMINATES]
+    # a channel dominates by what it usually is; one that is wide by rare values alone is a matter of those
+    bulk = {v: _dominance(e.seen[v].usual, -e.seen[v].usual) for v in fitting}
+    values = [v for v in fitting if broad[v] >= _DOMINATES and bulk[v] ** 2 >= broad[v]]
     peaks = [v for v in fitting if e.seen[v].peak >= _PEAK]
     by_channel = e.gain({v: _per_channel(e.m, v, e.seen[v]) for v in values}) if values else 0.0
     by_width = e.gain({v: _widened(e.seen[v], e.m, v) for v in peaks}) if peaks else 0.0
@@ -343,17 +352,14 @@ def _widened(s: Seen, m: QModel, value: str) -> Grid:
 
 def biased(e: Evidence) -> Iterable[Cause]:
     """Rounding errors that are the same for every sample: few weights for each channel, or codes that were cut off."""
-    nodes, tuned, worst = by_value(e.m.graph), {}, []
-    for name, error in e.errors.items():
-        bias = bias_of(nodes[name])
-        if bias is not None and error.biased > _BIASED:
-            tuned[str(bias.target)] = e.m.parameters[str(bias.target)] - error.mean
-            worst.append(name)
-    if not tuned or e.faultless:
+    nodes = by_value(e.m.graph)
+    shifts = {name: _along(nodes[name], error.mean) for name, error in e.errors.items() if error.biased > _BIASED}
+    if not shifts or e.faultless:
         return
-    gain = e.gain(tuned=tuned)
+    gain = e.gain(shifts=shifts)
     if gain < _GAIN:
         return
+    worst = list(shifts)
     worst.sort(key=lambda n: -e.errors[n].noise * e.errors[n].biased)
     deep = sum(e.errors[n].depthwise for n in worst)
     yield Cause(
@@ -365,6 +371,13 @@ def biased(e: Evidence) -> Iterable[Cause]:
     )  # fmt: skip
 
 
+def _along(layer: fx.Node, channels: Tensor) -> Tensor:
+    """One number for each channel, shaped to fit the layer's output."""
+    shape = [1] * len(layer.meta["shape"])
+    shape[input_axis(layer)] = -1
+    return channels.reshape(shape)
+
+
 def accumulators(e: Evidence) -> Iterable[Cause]:
     """Sums, or biases, that the engine's integers cannot hold."""
     over: dict[str, float] = {}
@@ -373,7 +386,7 @@ def accumulators(e: Evidence) -> Iterable[Cause]:
     for layer in layers(e.m.graph):
         weight, x = weight_of(layer), layer.args[0]
         grid = None if weight is None else e.m.grid(value_name(weight))
-        x_grid = e.m.grid(value_name(x)) if isinstance(x, fx.Node) and "value" in x.meta else None
+        x_grid = _fitting(e, value_name(x)) if isinstance(x, fx.Node) and "value" in x.meta else None
         if weight is None or grid is None or x_grid is None or grid.group is not None:
             continue
         reach = accumulated(e.m, layer, weight, grid, x_grid)
@@ -399,6 +412,13 @@ def accumulators(e: Evidence) -> Iterable[Cause]:
             float(len(pairs)), 0.0, "255 times two neighbouring codes has to stay below 2^15", 2.0,
             e.again("--target onnxruntime-avx2"), order=1, values=tuple(pairs),
         )  # fmt: skip
+
+
+def _fitting(e: Evidence, value: str) -> Grid | None:
+    """The grid of a value, or that of least error where it is far from it: a sum that only a wrong range makes large is no cause."""
+    root = e.m.ties.get(value, value)
+    seen = (e.chosen_on if e.separate and e.chosen_on else e.seen).get(root)
+    return seen.best_grid if seen is not None and _misfit(seen) > _MISFIT else e.m.grid(value)
 
 
 def accumulated(m: QModel, layer: fx.Node, weight: fx.Node, grid: Grid, x_grid: Grid) -> float:
@@ -437,15 +457,28 @@ def float_operations(e: Evidence) -> Iterable[Cause]:
     inside += [n for n in left if n is not None and n not in inside and macs(nodes[n])]
     if not inside:
         return
-    total = sum(macs(n) for n in e.m.graph.nodes) or 1
-    inside.sort(key=lambda n: -macs(nodes[n]))
-    share = sum(macs(nodes[n]) for n in inside) / total
+    asked = [n for n in inside if left[n].endswith("on request")]
+    inside.sort(key=lambda n: (n not in asked, -macs(nodes[n]), -_elements(nodes[n])))
+    share, moved = (sum(of(nodes[n]) for n in inside) / _total(e.m, of) for of in (macs, _elements))
+    # what has no integer kernel and multiplies nothing is no fault: it is told, behind the finding that nothing is wrong
+    score = max(share, moved) if asked or share >= _WORTH else -2.0
     yield Cause(
         "an operation left in float",
-        f"{len(inside)} operations with {share:.0%} of the multiply-accumulates stay in float, {inside[0]} first: {left[inside[0]]}",
-        share, 0.0, "integers end and begin again around each, which costs time and a rounding", share,
+        f"{len(inside)} operations with {share:.0%} of the multiply-accumulates and {moved:.0%} of all computed numbers stay in float, "
+        f"{inside[0]} first: {left[inside[0]]}",
+        share, _WORTH, "integers end and begin again around each, which costs time and a rounding", score,
         f"halfbyte benchmark {shlex.quote(_output(e.command))}   # what they cost in time", order=3, values=tuple(inside),
     )  # fmt: skip
+
+
+def _elements(node: fx.Node) -> int:
+    """How many numbers an operation computes for one sample."""
+    computed = node.op == "call_function" and "shape" in node.meta
+    return math.prod(d for d in node.meta["shape"] if isinstance(d, int)) if computed else 0
+
+
+def _total(m: QModel, of: Callable[[fx.Node], int]) -> int:
+    return sum(of(n) for n in m.graph.nodes) or 1
 
 
 def _output(command: str) -> str:
@@ -490,9 +523,7 @@ def nothing(e: Evidence) -> Iterable[Cause]:
     """The network holds."""
     if e.fine:
         lost = (
-            ""
-            if e.points is None
-            else f", {e.points:.1f} points {'lost' if e.whole.right is not None else 'of decisions flipped'}"
+            "" if e.points is None else f", {e.points:.1f} points lost{'' if e.bench.labelled else ' by its own odds'}"
         )
         yield Cause(
             "nothing found", f"noise-to-signal at the outputs is {e.whole.noise:.3g}{lost} on {e.bench.samples} samples",

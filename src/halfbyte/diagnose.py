@@ -223,13 +223,10 @@ class _Chart:
             flips = "" if s.flips is None else f", {s.flips:.1%} of decisions differ"
             right = "" if s.right is None else f", {s.right:.1%} right"
             self.note(name, s.noise, FINE, f"noise-to-signal {s.noise:.3g}{flips}{right}")
-        if e.points is not None:
-            self.note(
-                "points",
-                e.points,
-                POINTS,
-                f"{e.points:.1f} points {'lost' if e.whole.right is not None else 'flipped'}",
-            )
+        if e.points is not None and e.whole.sure is not None:
+            how = "" if e.bench.labelled else " by the float network's own probabilities"
+            detail = f"{e.points:.1f} points lost{how}, {max(0.0, 100 * e.whole.sure):.1f} of them for sure"
+            self.note("points", 100 * e.whole.sure, POINTS, detail)
 
     def values(self, e: Evidence, own: list[Portion]) -> Evidence:
         """Step 6, first of all: every value and every layer, in one float pass."""

@@ -145,9 +145,10 @@ def quantize_job(
         m, stages = _quantized(
             out, settings, m, stages, target, recipe, preprocess, ranges, overwrite, progress, notice
         )
-    except BaseException:
-        if new and not (out / CHECKPOINT / LAYERS).exists() and not (out / CHECKPOINT / "graph.json").exists():
-            shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run
+    except BaseException as error:
+        resumable = (out / CHECKPOINT / LAYERS).exists() or (out / CHECKPOINT / "graph.json").exists()
+        if new and (isinstance(error, UsageError) or not resumable):
+            shutil.rmtree(out, ignore_errors=True)  # nothing in it would help a second run, which has to ask for less
         raise
     return finish(out, settings, m, stages, command, recipe.to_dict())
 

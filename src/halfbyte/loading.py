@@ -29,7 +29,8 @@ def load_callable(spec: str) -> Callable[..., Any]:
 
     The same file always gives the same module. The folder of a file goes to the front of ``sys.path``, as when Python
     runs it, and stays there, since the callable may import its neighbours only when it is called.
-    Raises UsageError for a missing file, module or name, for code that raises, and for what is not callable.
+    Raises UsageError for a missing file, module or name, for code that raises, and for what is not callable. A module
+    of torch that is no class is callable, too: with a batch.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
@@ -109,7 +110,7 @@ def _items(source: Any, name: str) -> Iterator[object]:
         raise
     except Exception as error:  # whatever the code of the user raises
         code = getattr(source, "__code__", None)
-        raise DataError(f"{name} fails with {_blame(error, code.co_filename if code else None)}") from error
+        raise DataError(f"{name} fails with {blame(error, code.co_filename if code else None)}") from error
 
 
 def _module_of_file(path: Path) -> ModuleType:
@@ -132,7 +133,7 @@ def _module_of_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"{path} cannot be imported: {_blame(error, str(path))}") from error
+        raise UsageError(f"{path} cannot be imported: {blame(error, str(path))}") from error
     return module
 
 
@@ -143,10 +144,10 @@ def _module_of_name(name: str) -> ModuleType:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         if absent and f"{name}.".startswith(f"{absent}."):
             raise UsageError(f"there is no module {name!r}; install it or write 'path/file.py:function'") from error
-        raise UsageError(f"{name} cannot be imported: {_blame(error, None)}") from error
+        raise UsageError(f"{name} cannot be imported: {blame(error, None)}") from error
 
 
-def _blame(error: BaseException, file: str | None) -> str:
+def blame(error: BaseException, file: str | None) -> str:
     """The exception in one line, with the last line of ``file`` that took part, or the place where it was raised."""
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,12 +1,12 @@
 """A network from the command line: ``file.py:callable``, ``package.module:callable`` or ``net.pt2``, with a checkpoint."""
 
+import inspect
 import json
 import os
 import pickle
 import re
-import traceback
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from halfbyte.errors import CaptureError, HalfbyteError, UsageError
-from halfbyte.loading import load_callable
+from halfbyte.loading import blame, load_callable
 
 Network = nn.Module | ExportedProgram
 _PICKLED = "'{}' holds pickled objects that could run code: use --trust if you know where it comes from"
+_PARALLEL = "module."  # what DataParallel puts before every name
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _SIGNS = re.compile(r"[\w\s,.+\-*/()<>=!&|~]*")
 _NAME = re.compile(r"[A-Z][A-Za-z]*|[a-z]+\d+|\d+(\.\d+)?")  # s0, Max, 2, 0.5: no names that Python knows
@@ -45,35 +46,53 @@ def open_network(
         raise UsageError(
             f"'{spec}' holds weights, not a network: give the network as file.py:callable and these as --checkpoint"
         )
-    function = load_callable(spec)
-    try:
-        made = function()
-    except HalfbyteError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"'{spec}' fails with {type(error).__name__}: {error}{_where(error)}") from error
+    found = load_callable(spec)
+    made = found if isinstance(found, nn.Module) else _called(found, spec)
     net, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(net, nn.Module):
         raise CaptureError(
             f"'{spec}' returned {type(net).__name__}, not a torch.nn.Module (or a pair of module and example inputs)"
+            f"{_hint(net)}"
         )
     if isinstance(example, Tensor):
         example = (example,)
-    if example is not None and not all(isinstance(t, Tensor) for t in example):
-        raise CaptureError(f"the example inputs from '{spec}' must be tensors")
+    if example is not None and not (isinstance(example, tuple | list) and all(isinstance(t, Tensor) for t in example)):
+        raise CaptureError(f"the example inputs from '{spec}' must be tensors, such as torch.zeros(1, 3, 224, 224)")
     if checkpoint is not None:
         _load_checkpoint(net, Path(checkpoint), trust)
     return net.eval(), None if example is None else tuple(example)
 
 
-def _where(error: BaseException) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f" ({Path(frame.filename).name}, line {frame.lineno})"
+def _called(function: Callable[..., Any], spec: str) -> Any:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise CaptureError(f"'{spec}' cannot be called: {error}; name a function that needs no arguments") from error
+    except ValueError:  # written in C: it shows when it is called
+        pass
+    try:
+        return function()
+    except HalfbyteError:
+        raise
+    except Exception as error:
+        code = getattr(function, "__code__", None)
+        raise CaptureError(f"'{spec}' fails with {blame(error, code.co_filename if code else None)}") from error
+
+
+def _hint(made: object) -> str:
+    """What to do about something that is no module."""
+    if made is None:
+        return ": does it end without 'return'?"
+    if isinstance(made, Mapping):
+        return ": return the module, and give saved parameters as --checkpoint"
+    return ""
 
 
 def _load_checkpoint(net: nn.Module, path: Path, trust: bool) -> None:
     state = _read_state(path, trust)
     expected = net.state_dict()
+    if all(k.startswith(_PARALLEL) for k in state) and not any(k.startswith(_PARALLEL) for k in expected):
+        state = {k.removeprefix(_PARALLEL): t for k, t in state.items()}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
         parts = [
@@ -91,7 +110,7 @@ def _load_checkpoint(net: nn.Module, path: Path, trust: bool) -> None:
 
 def _read_state(path: Path, trust: bool) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UsageError(f"there is no checkpoint '{path}'")
+        raise UsageError(f"there is no checkpoint '{path}': check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -99,7 +118,8 @@ def _read_state(path: Path, trust: bool) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UsageError(_PICKLED.format(path)) from error
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UsageError(f"'{path}' cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UsageError(f"'{path}' cannot be read as a checkpoint ({reason}): save or copy it again") from error
     for key in ("state_dict", "model_state_dict", "model"):  # what training scripts wrap it in
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

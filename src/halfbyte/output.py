@@ -32,14 +32,16 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool, source: str = "
         return
     if not folder.is_dir():
         raise UsageError(f"the output '{folder}' is a file: name a folder")
+    ours = (folder / SUMMARY).is_file() or (folder / CHECKPOINT / STATE).is_file()
+    if any(folder.iterdir()) and not ours:
+        refused = "and is not empty"
+        if resume or overwrite:
+            refused = "so --overwrite would delete something else" if overwrite else "so there is nothing to --resume"
+        raise UsageError(f"'{folder}' holds no earlier result of halfbyte, {refused}: name another folder with -o")
     if any(folder.iterdir()) and not (resume or overwrite):
         raise UsageError(
             f"the output folder '{folder}' exists: use --resume to go on, --overwrite to start again, or another -o"
         )
-    ours = (folder / SUMMARY).is_file() or (folder / CHECKPOINT / STATE).is_file()
-    if any(folder.iterdir()) and not ours:
-        what = "--overwrite would delete something else" if overwrite else "there is nothing to --resume"
-        raise UsageError(f"'{folder}' holds no earlier result of halfbyte, so {what}")
 
 
 def clear(folder: Path) -> None:

@@ -69,7 +69,9 @@ def class_indices(
         )
     for name in sorted({part[0] for part in parts}):
         if index[name] < 0 or (outputs is not None and index[name] >= outputs):
-            raise DataError(f"{folder / name} is class {index[name]} but the network has {outputs} outputs")
+            raise DataError(
+                f"{folder / name} is class {index[name]} but the network has {outputs} outputs; give a class file"
+            )
     return torch.tensor([index[part[0]] for part in parts], dtype=torch.int64)
 
 

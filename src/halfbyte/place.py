@@ -105,7 +105,7 @@ def place(
     for what, bits in (("weights", weight_bits), ("activations", activation_bits)):
         if bits not in target.widths:
             raise PlacementError(
-                f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}"
+                f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}: choose one of these"
             )
     m = replace(m, graph=editable(m.graph))
     check_overrides(m, overrides, target)

@@ -59,6 +59,15 @@ class Preprocess:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _valid_statistic(name, getattr(self, name), self.channels, self.color))
         self._check_resize()
+        self._check_scale()
+
+    def _check_scale(self) -> None:
+        if all(abs(mean) <= 1 and std < 1 for mean, std in self.statistics):
+            mean, std = (",".join(f"{255 * v:.6g}" for v in each) for each in zip(*self.statistics, strict=True))
+            raise UsageError(
+                f"preprocess: mean {self.mean} and std {self.std} are for pixels of 0..1, but they are 0..255: multiply both by 255 "
+                f"(mean {mean} and std {std})"
+            )
 
     def _check_resize(self) -> None:
         if self.resize is None:

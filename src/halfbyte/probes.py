@@ -18,17 +18,24 @@ from halfbyte.stats import Histogram, histogram
 
 Portion = tuple[Inputs, Tensor | None]
 PORTION = 8  # samples run at a time
+_ONE_SIDED = 1.645  # standard errors: 95 %
 
 
 @dataclass(frozen=True)
 class Score:
     """noise: squared error over variance, mean over outputs. flips: share of decisions that differ from float, and right: share
     of right ones; None where outputs are no class scores, or there are no labels.
+
+    lost: the share of samples that float has right and this has not, less those the other way round. Without labels it is what
+    the float network's own probabilities expect: a decision that flips between two classes it held equally likely costs
+    nothing. sure: as much of it as chance in the choice of the samples does not explain (95 %, one-sided).
     """
 
     noise: float
     flips: float | None = None
     right: float | None = None
+    lost: float | None = None
+    sure: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,36 @@ class Bench:
         """Whether every sample has a label."""
         return all(y is not None for _, y in self.portions)
 
+    def alone(self, m: QModel, names: Iterable[str], shifts: Mapping[str, Tensor] | None = None) -> Score:
+        """The score with some quantizers alone, all else in float."""
+        groups, held, on = quantizers(m), dict(m.params), set[str]()
+        for name in names:
+            on.update(groups.get(name, ()))
+            held = _mixed(m, name, m.parameters, held)
+        return self._scored(_Case.only(m, on, held), shifts)
+
     def tally(self) -> "Tally":
         """An empty sum to add outputs to."""
         return Tally(self)
 
+    def quantized(
+        self, m: QModel, *, weights: bool = True, values: bool = True, shifts: Mapping[str, Tensor] | None = None
+    ) -> Score:
+        """The score of a model as simulated, its weights or its running values perhaps left in float.
+
+        shifts: value -> what is taken from it before it is rounded, shaped to fit it.
+        """
+        return self._scored(_Case.of(m, weights, values), shifts)
+
     @torch.no_grad()
-    def quantized(self, m: QModel, *, weights: bool = True, values: bool = True) -> Score:
-        """The score of a model as simulated, its weights or its running values perhaps left in float."""
-        case, tally = _Case.of(m, weights, values), self.tally()
+    def _scored(self, case: "_Case", shifts: Mapping[str, Tensor] | None) -> Score:
+        tally, less = self.tally(), shifts or {}
+
+        def tap(name: str, x: Tensor) -> Tensor:
+            return case.tap(name, x - less[name] if name in less else x)
+
         for x, _ in self.portions:
-            tally.add(run(case.model, x, case.tap))
+            tally.add(run(case.model, x, tap))
         return tally.score
 
 
@@ -69,6 +96,7 @@ class Tally:
         outputs = len(b.wanted[0]) if b.wanted else 0
         self.noise, self.signal = [0.0] * outputs, [0.0] * outputs
         self.flips = self.right = self.decided = 0
+        self.lost: list[Tensor] = []
 
     def add(self, got: Outputs) -> None:
         """The outputs of the next portion."""
@@ -78,10 +106,16 @@ class Tally:
             self.noise[i] += float((a - b).double().square().sum())
             self.signal[i] += float((a - a.double().mean()).double().square().sum())
         if len(got) == 1 and got[0].ndim == 2 and got[0].shape[1] > 1:
-            decided = got[0].argmax(1)
+            decided, before = got[0].argmax(1), wanted[0].argmax(1)
             self.decided += len(decided)
-            self.flips += int((decided != wanted[0].argmax(1)).sum())
-            self.right += int((decided == y.to(decided.device)).sum()) if y is not None else 0
+            self.flips += int((decided != before).sum())
+            if y is not None:
+                y = y.to(decided.device)
+                self.right += int((decided == y).sum())
+                self.lost.append((before == y).double() - (decided == y).double())
+            else:
+                likely = _probabilities(wanted[0]).double()
+                self.lost.append((likely.gather(1, before[:, None]) - likely.gather(1, decided[:, None])).flatten())
 
     @property
     def score(self) -> Score:
@@ -90,7 +124,21 @@ class Tally:
         noise = sum(ratios) / max(1, len(ratios))
         flips = self.flips / self.decided if self.decided else None
         right = self.right / self.decided if self.decided and self.bench.labelled else None
-        return Score(noise if math.isfinite(noise) else 1e9, flips, right)
+        lost, sure = _beyond_chance(self.lost) if self.lost else (None, None)
+        return Score(noise if math.isfinite(noise) else 1e9, flips, right, lost, sure)
+
+
+def _probabilities(scores: Tensor) -> Tensor:
+    """Class scores as probabilities, which they may be already."""
+    ready = bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
+    return scores if ready else scores.softmax(1)
+
+
+def _beyond_chance(lost: list[Tensor]) -> tuple[float, float]:
+    """The mean, and what is left of it after its standard error, with one more sample on which nothing is lost."""
+    every = torch.cat(lost)
+    more = torch.cat([every, every.new_zeros(1)])
+    return float(every.mean()), float(more.mean() - _ONE_SIDED * (more.var(correction=0) / len(more)).sqrt())
 
 
 @torch.no_grad()
@@ -227,13 +275,15 @@ def _start(base: _Case, case: _Case, order: Mapping[fx.Node, int]) -> int:
 class Seen:
     """A running value in float, as the samples show it.
 
-    low, high: [channels] extremes. noise, best: mean squared error on its grid, and on the grid of least error. clipped: the
-    part of ``noise`` from beyond the ends of the grid. peak: largest magnitude over the 99.9 % quantile of magnitudes.
+    low, high: [channels] extremes; usual: [channels] mean magnitudes. noise, best: mean squared error on its grid, and on the
+    grid of least error. clipped: the part of ``noise`` from beyond the ends of the grid. peak: largest magnitude over the 99.9 %
+    quantile of magnitudes.
     """
 
     histogram: Histogram
     low: Tensor
     high: Tensor
+    usual: Tensor
     grid: Grid
     best_grid: Grid
     noise: float
@@ -251,7 +301,8 @@ class Seen:
 @dataclass(frozen=True)
 class LayerError:
     """The error that a layer's rounded weight alone causes at its output, over the output's variance; and the share of it that
-    is the same for all samples of a channel. mean: [channels], that error. inputs: moments of what the layer reads.
+    is the same for all samples of a channel. mean: that error, shaped to fit the output. inputs: moments of what the layer
+    reads.
     """
 
     noise: float
@@ -282,7 +333,7 @@ def look(m: QModel, b: Bench) -> tuple[dict[str, Seen], dict[str, LayerError]]:
     """Every running value that owns a grid of one scale, and every layer with a quantized weight, in one float pass."""
     constant = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
     wanted = {v for v in quantizers(m) if v not in constant and m.grids[v].scale.ndim == 0}
-    held: dict[str, tuple[Histogram, Tensor, Tensor]] = {}
+    held: dict[str, tuple[Histogram, Tensor, Tensor, Tensor]] = {}
     sums: dict[str, list[Tensor]] = {}
     read: dict[str, ChannelMoments] = {}
     rounded = _Case.of(m, weights=True, values=False).model.params
@@ -291,11 +342,12 @@ def look(m: QModel, b: Bench) -> tuple[dict[str, Seen], dict[str, LayerError]]:
     def tap(name: str, x: Tensor) -> Tensor:
         if name in wanted and x.is_floating_point() and bool(torch.isfinite(x).all()):
             low, high = (t.flatten() for t in torch.aminmax(_channels(x), dim=1))
-            h = histogram(x)
+            h, usual = histogram(x), _channels(x).abs().mean(1) * len(x)
             if name in held:
                 before = held[name]
                 h, low, high = before[0].merged(h), torch.minimum(before[1], low), torch.maximum(before[2], high)
-            held[name] = h, low, high
+                usual = before[3] + usual
+            held[name] = h, low, high, usual
         return x
 
     def evaluate(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -320,14 +372,14 @@ def look(m: QModel, b: Bench) -> tuple[dict[str, Seen], dict[str, LayerError]]:
     return {name: _seen(m, name, *found) for name, found in held.items()}, errors
 
 
-def _seen(m: QModel, name: str, h: Histogram, low: Tensor, high: Tensor) -> Seen:
+def _seen(m: QModel, name: str, h: Histogram, low: Tensor, high: Tensor, usual: Tensor) -> Seen:
     grid, form = m.grids[name], m.plan[name]
     assert form is not None  # it has a grid
     best = MSE().activation(h, form)
     noise, clipped = histogram_noise(h, grid)
     ends = [abs(h.quantile(0.0005)), abs(h.quantile(0.9995))]
     peak = max(abs(h.minimum), abs(h.maximum)) / max(*ends, h.width, 1e-30)
-    return Seen(h, low, high, grid, best, noise, histogram_noise(h, best)[0], clipped, peak)
+    return Seen(h, low, high, usual, grid, best, noise, histogram_noise(h, best)[0], clipped, peak)
 
 
 def _layer_error(s: list[Tensor], depthwise: bool, inputs: ChannelMoments) -> LayerError:
