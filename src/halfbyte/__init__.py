@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from halfbyte.quantize import quantize
     from halfbyte.reconstruct import reconstruct
     from halfbyte.reexport import export
+    from halfbyte.refine_ranges import refine_ranges
     from halfbyte.run import run, simulate
     from halfbyte.search import search
     from halfbyte.sensitivity import SensitivityTable, output_loss, sensitivity
@@ -105,6 +106,7 @@ _WHERE = {
     "AdaQuant": "methods.adaquant",
     "AdaRound": "methods.adaround",
     "reconstruct": "reconstruct",
+    "refine_ranges": "refine_ranges",
     "HalfbyteError": "errors",
     "ParityError": "errors",
     "UsageError": "errors",
@@ -219,6 +221,7 @@ __all__ = [
     "quantize_tensor",
     "reconstruct",
     "refine",
+    "refine_ranges",
     "report",
     "run",
     "run_integer",

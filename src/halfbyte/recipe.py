@@ -29,6 +29,7 @@ from halfbyte.model import Inputs, LogEntry, QModel, Target
 from halfbyte.overrides import Overrides
 from halfbyte.place import place
 from halfbyte.reconstruct import reconstruct
+from halfbyte.refine_ranges import refine_ranges
 from halfbyte.refinement import LEARNED, Learned
 from halfbyte.transforms.absorb_bias import absorb_bias
 from halfbyte.transforms.equalize import equalize
@@ -283,6 +284,12 @@ def _reconstruct(
     )  # fmt: skip
 
 
+def _refine_ranges(m: QModel, c: Context) -> QModel:
+    if c.source is None:
+        return m.logged(LogEntry("refine_ranges", None, "left out: there are no data"))
+    return refine_ranges(m, c.few(), seed=c.seed, progress=c.progress)
+
+
 def _tune_statistics(m: QModel, c: Context) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("tune_statistics", None, "left out: there are no data"))
@@ -307,6 +314,7 @@ STEPS: dict[str, Step] = {
     "place": _place,
     "calibrate": _calibrate,
     "allocate": _allocate,
+    "refine_ranges": _refine_ranges,
     "split_tensor": _split,
     "correct_bias": _correct,
     "reconstruct": _reconstruct,

@@ -1,0 +1,156 @@
+"""Ranges of running values by what they do to the network's outputs, and not by the values' own squared error.
+
+Clipping and rounding one value by d moves the outputs by J d, J the Jacobian behind it. For random directions z of the outputs,
+``E_z (z^T J d)^2 = ||J d||^2``, and ``J^T z`` is one backward pass: gradients of a few samples judge every range of every value at
+once, without labels (the loss-aware clipping of LAPQ, arXiv 1911.07190, with the Gauss-Newton matrix in place of trials on the loss).
+Summed over a sample's positions before it is squared, an error that all positions share counts as it adds up.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.affine import Grid
+from halfbyte.calibrate import Progress, regridded, silent
+from halfbyte.errors import DataError, UsageError
+from halfbyte.formats import Format
+from halfbyte.graph import is_real
+from halfbyte.losses import noise_to_signal
+from halfbyte.model import Inputs, LogEntry, QModel, value_name
+from halfbyte.run import run
+
+FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
+_SAME = FACTORS.index(1.0)
+_DIRECTIONS = 2
+_PORTION = 16  # samples whose gradients are held at a time
+_WIDE = 8  # values of so many bits have levels to spare
+
+
+def refine_ranges(m: QModel, data: Iterable[Inputs], *, seed: int = 0, progress: Progress = silent) -> QModel:
+    """Give running values of fewer than 8 bits the scale that disturbs the outputs least. After ``calibrate``.
+
+    data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
+    halves of the samples must agree. The last quarter of the samples then decides about all of them together, by the outputs of a
+    network with these values rounded and float weights. Raises :class:`UsageError` for a model without grids and
+    :class:`DataError` where there are no data.
+    """
+    if not m.grids or m.target is None:
+        raise UsageError("there are no ranges to refine yet: call place and calibrate before refine_ranges")
+    values = _candidates(m)
+    if not values:
+        return m.logged(LogEntry("refine_ranges", None, "left as they are: no running value has fewer than 8 bits"))
+    batches = list(data)
+    if not batches:
+        raise DataError("there are no data to refine ranges by")
+    samples = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    cut = max(1, len(samples[0]) - len(samples[0]) // 4)
+    fit, held = (list(_portions(tuple(t[part] for t in samples))) for part in (slice(cut), slice(cut, None)))
+    effects = _effects(m, fit, values, seed, progress)
+    found = {name: replace(m.grids[name], scale=m.grids[name].scale * FACTORS[e.best()]) for name, e in effects.items()}
+    refined = regridded(m, {n: g for n, g in found.items() if effects[n].best() != _SAME})
+    before, after = (noise_to_signal(_alone(v, values), held or fit, m.as_float()) for v in (m, refined))
+    text = f"noise-to-signal at the outputs on held-out samples, float weights: {before:.4g} before, {after:.4g} after"
+    figures = {"before": before, "after": after, "kept": after < before}
+    if after >= before:
+        return m.logged(LogEntry("refine_ranges", None, f"undone: {text}", figures))
+    return refined.logged(
+        *(e.entry(n) for n, e in effects.items() if e.best() != _SAME),
+        LogEntry("refine_ranges", None, f"kept: {text}", figures),
+    )
+
+
+@dataclass
+class _Effect:
+    """Squared effect on the outputs for every factor, float64 [2 halves of the samples, factors]."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, len(FACTORS), dtype=torch.float64))
+
+    def best(self) -> int:
+        """The factor of least effect, if both halves agree that it does better than none."""
+        index = int(self.sums.sum(0).argmin())
+        return index if bool((self.sums[:, index] < self.sums[:, _SAME]).all()) else _SAME
+
+    def entry(self, name: str) -> LogEntry:
+        """What the refinement of one value brings."""
+        before, after = (float(self.sums[:, i].sum()) for i in (_SAME, self.best()))
+        text = f"scale times {FACTORS[self.best()]:g}: {after / max(before, 1e-300):.0%} of its effect on the outputs"
+        return LogEntry("refine_ranges", name, text, {"factor": FACTORS[self.best()], "before": before, "after": after})
+
+
+def _candidates(m: QModel) -> list[str]:
+    """Running values with a scale of their own and few bits."""
+    found = []
+    for node in m.graph.nodes:
+        name = value_name(node) if "value" in node.meta and node.op != "get_attr" and is_real(node) else ""
+        form = m.plan.get(name)
+        if form is None or name not in m.grids or m.ties.get(name, name) != name or form.power_of_two:
+            continue
+        if form.bits < _WIDE and m.grids[name].axis is None:
+            found.append(name)
+    return found
+
+
+def _alone(m: QModel, values: Sequence[str]) -> QModel:
+    """The model with nothing rounded but these values, and parameters as they are in float."""
+    kept = {n: g for n, g in m.grids.items() if m.ties.get(n, n) in set(values)}
+    return replace(m, grids=kept, tuned={})
+
+
+def _portions(samples: Inputs) -> Iterator[Inputs]:
+    for i in range(0, len(samples[0]), _PORTION):
+        yield tuple(t[i : i + _PORTION] for t in samples)
+
+
+def _effects(
+    m: QModel, fit: Sequence[Inputs], values: Sequence[str], seed: int, progress: Progress
+) -> dict[str, _Effect]:
+    """What each range of each value does to the outputs."""
+    network, generator = m.as_float(), torch.Generator().manual_seed(seed)
+    effects = {name: _Effect() for name in values}
+    for i, batch in enumerate(fit, 1):
+        seen: dict[str, Tensor] = {}
+
+        def tap(name: str, t: Tensor, seen: dict[str, Tensor] = seen) -> Tensor:
+            if name not in effects:
+                return t
+            seen[name] = t if t.requires_grad else t.detach().requires_grad_()
+            return seen[name]
+
+        with torch.enable_grad():
+            outputs = [y for y in run(network, batch, tap) if y.is_floating_point() and y.requires_grad]
+        slopes = [_slopes(outputs, list(seen.values()), generator) for _ in range(_DIRECTIONS)] if outputs else []
+        for j, (name, t) in enumerate(seen.items()):
+            gradients = [s[j] for s in slopes if s[j] is not None]
+            if gradients:
+                form = m.plan[name]
+                assert form is not None
+                effects[name].sums += _squares(t.detach(), m.grids[name], form, gradients)
+        progress("refine_ranges", i, len(fit))
+    return effects
+
+
+def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
+    """Gradients of a random direction of the outputs, each less its mean and over its spread, with respect to the values."""
+    total = torch.zeros((), device=outputs[0].device)
+    for y in outputs:
+        z = torch.randn(y.shape, generator=generator).to(y.device)
+        z = z - z.mean(1, keepdim=True) if y.ndim > 1 and y.shape[1] > 1 else z
+        total = total + (y * z).sum() / y.detach().std().clamp(min=1e-12)
+    return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
+
+
+@torch.no_grad()
+def _squares(x: Tensor, grid: Grid, form: Format, gradients: Sequence[Tensor]) -> Tensor:
+    """Sum of squared first-order changes of the outputs, [2, factors]: every other sample, and the rest."""
+    flat = x.flatten(1)
+    slopes = torch.stack([g.flatten(1) for g in gradients], 2)  # [samples, elements, directions]
+    rows = []
+    for factor in FACTORS:
+        scale, zero = grid.scale * factor, grid.zero
+        change = (flat / scale).round_().clamp_(form.lo - zero, form.hi - zero).mul_(scale).sub_(flat)
+        each = (change[:, None] @ slopes)[:, 0].double().square().sum(1)
+        rows.append(torch.stack([each[0::2].sum(), each[1::2].sum()]))
+    return torch.stack(rows, 1).cpu()

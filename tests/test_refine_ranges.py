@@ -1,0 +1,130 @@
+"""Ranges by their effect on the outputs: against brute force, what must stay, and who has the last word."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte.affine import Grid, fake_quantize
+from halfbyte.errors import DataError, UsageError
+from halfbyte.formats import Format
+from halfbyte.losses import noise_to_signal
+from halfbyte.recipe import load_recipe
+from halfbyte.run import run, simulate
+from halfbyte.targets import GENERIC
+
+MODULE = importlib.import_module("halfbyte.refine_ranges")  # in the package the function has the name
+
+
+class Lopsided(nn.Module):
+    """The hidden channel that fills the range hardly matters to the outputs; the small ones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.weight[0] *= 12
+            self.last.weight[:, 0] *= 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.relu(self.first(x)))
+        return y
+
+
+def data(count: int = 96, seed: int = 1) -> list[tuple[Tensor]]:
+    return [(torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)),)]
+
+
+def calibrated(bits: int = 4) -> hb.QModel:
+    m = hb.capture(Lopsided().eval(), (torch.randn(4, 6),))
+    return hb.calibrate(hb.place(m, GENERIC, activation_bits=bits), data())
+
+
+def hidden(m: hb.QModel) -> str:
+    return next(n for n in MODULE._candidates(m) if "relu" in n)
+
+
+def effect(m: hb.QModel, value: str, samples: list[tuple[Tensor]]) -> float:
+    """What rounding one value alone does to the outputs."""
+    tap = simulate(m, only=lambda n: n == value)
+    pairs = [(run(m.as_float(), x)[0], run(replace(m, tuned={}), x, tap)[0]) for x in samples]
+    return sum(float((a - b).square().sum()) for a, b in pairs)
+
+
+def test_range_follows_what_matters() -> None:
+    m = calibrated()
+    found = hb.refine_ranges(m, data())
+    name, fresh = hidden(m), data(seed=2)
+    assert found.grids[name].scale < 0.9 * m.grids[name].scale
+    assert effect(found, name, fresh) < 0.8 * effect(m, name, fresh)
+    assert any(e.value == name and "scale times" in e.message for e in found.log)
+
+
+def test_chosen_factor_is_that_of_trials() -> None:
+    """The network behind the value is linear, so that first order is all: trials on the outputs must agree."""
+    m = calibrated()
+    name = hidden(m)
+    trials = [
+        effect(replace(m, grids={**m.grids, name: replace(m.grids[name], scale=m.grids[name].scale * f)}), name, data())
+        for f in MODULE.FACTORS
+    ]
+    many = [(torch.cat([data()[0][0]] * 8),)]  # directions are random, and twice as many for each copy
+    found = hb.refine_ranges(m, many)
+    ratio = float(found.grids[name].scale / m.grids[name].scale)
+    assert ratio == pytest.approx(MODULE.FACTORS[trials.index(min(trials))])
+
+
+def test_squares_are_sums_over_positions_of_error_times_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, slopes = torch.randn(5, 3, 4, generator=generator), [torch.randn(5, 3, 4, generator=generator) for _ in range(2)]
+    form = Format(4)
+    grid = Grid(torch.tensor(0.3), torch.tensor(7), torch.tensor(form.lo), torch.tensor(form.hi))
+    found = MODULE._squares(x, grid, form, slopes)
+    for k, factor in enumerate(MODULE.FACTORS):
+        error = fake_quantize(x, replace(grid, scale=grid.scale * factor)) - x
+        each = torch.stack([sum((error[i] * s[i]).sum() ** 2 for s in slopes) for i in range(5)]).double()
+        torch.testing.assert_close(found[:, k], torch.stack([each[0::2].sum(), each[1::2].sum()]), rtol=1e-5, atol=0)
+
+
+def test_repeats_and_leaves_eight_bits_alone() -> None:
+    m = calibrated()
+    a, b = (hb.refine_ranges(m, data(), seed=3) for _ in range(2))
+    assert all(torch.equal(a.grids[n].scale, b.grids[n].scale) for n in a.grids)
+    wide = calibrated(8)
+    assert hb.refine_ranges(wide, data()).grids == wide.grids
+
+
+def test_held_out_samples_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, answers = calibrated(), iter([1.0, 2.0])
+    monkeypatch.setattr(MODULE, "noise_to_signal", lambda *_: next(answers))
+    found = hb.refine_ranges(m, data())
+    assert found.grids == m.grids
+    assert found.log[-1].message.startswith("undone")
+
+
+def test_only_running_values_are_judged() -> None:
+    """The guard looks at these values alone, with the weights of the float network."""
+    m = calibrated()
+    alone = MODULE._alone(m, [hidden(m)])
+    assert noise_to_signal(alone, data(), m.as_float()) > 0
+    assert set(alone.grids) == {hidden(m)}
+    assert not alone.tuned
+
+
+def test_what_is_missing_is_said() -> None:
+    m = calibrated()
+    with pytest.raises(UsageError, match="calibrate before"):
+        hb.refine_ranges(m.as_float(), data())
+    with pytest.raises(DataError, match="no data"):
+        hb.refine_ranges(m, [])
+
+
+def test_few_bits_do_it_by_themselves() -> None:
+    assert load_recipe("low-bit").has("refine_ranges")
+    net = Lopsided().eval()
+    q = hb.quantize(net, data(256)[0][0], weight_bits=8, activation_bits=4, recipe="low-bit", target=GENERIC)
+    assert any(e.stage == "refine_ranges" for e in q.log)
