@@ -90,12 +90,19 @@ def test_squares_are_sums_over_positions_of_error_times_gradient() -> None:
         torch.testing.assert_close(found[:, k], torch.stack([each[0::2].sum(), each[1::2].sum()]), rtol=1e-5, atol=0)
 
 
-def test_repeats_and_leaves_eight_bits_alone() -> None:
+def test_repeats() -> None:
     m = calibrated()
     a, b = (hb.refine_ranges(m, data(), seed=3) for _ in range(2))
     assert all(torch.equal(a.grids[n].scale, b.grids[n].scale) for n in a.grids)
-    wide = calibrated(8)
-    assert hb.refine_ranges(wide, data()).grids == wide.grids
+
+
+def test_ends_and_fixed_values_keep_their_range() -> None:
+    m = calibrated()
+    ends = {str(n.target) for n in m.inputs} | {n for n in m.grids if n.startswith("last")}
+    assert not ends & set(MODULE._candidates(m))
+    found = hb.refine_ranges(m, data(), fixed={hidden(m)})
+    assert found.grids == m.grids
+    assert "left as they are" in found.log[-1].message
 
 
 def test_held_out_samples_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,7 +287,7 @@ def _reconstruct(
 def _refine_ranges(m: QModel, c: Context) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("refine_ranges", None, "left out: there are no data"))
-    return refine_ranges(m, c.few(), seed=c.seed, progress=c.progress)
+    return refine_ranges(m, c.few(), fixed=c.ranges, seed=c.seed, progress=c.progress)
 
 
 def _tune_statistics(m: QModel, c: Context) -> QModel:

@@ -6,7 +6,7 @@ once, without labels (the loss-aware clipping of LAPQ, arXiv 1911.07190, with th
 Summed over a sample's positions before it is squared, an error that all positions share counts as it adds up.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from halfbyte.affine import Grid
 from halfbyte.calibrate import Progress, regridded, silent
 from halfbyte.errors import DataError, UsageError
 from halfbyte.formats import Format
-from halfbyte.graph import is_real
+from halfbyte.graph import is_real, output_values
 from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.run import run
@@ -26,22 +26,25 @@ FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
 _DIRECTIONS = 2
 _PORTION = 16  # samples whose gradients are held at a time
-_WIDE = 8  # values of so many bits have levels to spare
+_WIDEST = 8  # values of more bits have levels to spare
 
 
-def refine_ranges(m: QModel, data: Iterable[Inputs], *, seed: int = 0, progress: Progress = silent) -> QModel:
-    """Give running values of fewer than 8 bits the scale that disturbs the outputs least. After ``calibrate``.
+def refine_ranges(
+    m: QModel, data: Iterable[Inputs], *, fixed: Container[str] = (), seed: int = 0, progress: Progress = silent
+) -> QModel:
+    """Give running values of at most 8 bits the scale that disturbs the outputs least. After ``calibrate``.
 
     data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
     halves of the samples must agree. The last quarter of the samples then decides about all of them together, by the outputs of a
-    network with these values rounded and float weights. Raises :class:`UsageError` for a model without grids and
+    network with these values rounded and float weights. What the network reads and puts out keeps its range, and so do the values
+    in ``fixed``, by name. Raises :class:`UsageError` for a model without grids and
     :class:`DataError` where there are no data.
     """
     if not m.grids or m.target is None:
         raise UsageError("there are no ranges to refine yet: call place and calibrate before refine_ranges")
-    values = _candidates(m)
+    values = [name for name in _candidates(m) if name not in fixed]
     if not values:
-        return m.logged(LogEntry("refine_ranges", None, "left as they are: no running value has fewer than 8 bits"))
+        return m.logged(LogEntry("refine_ranges", None, "left as they are: no running value has at most 8 bits"))
     batches = list(data)
     if not batches:
         raise DataError("there are no data to refine ranges by")
@@ -81,14 +84,14 @@ class _Effect:
 
 
 def _candidates(m: QModel) -> list[str]:
-    """Running values with a scale of their own and few bits."""
-    found = []
+    """Running values with a scale of their own, between what the network reads and what it puts out."""
+    found, ends = [], {m.ties.get(value_name(n), value_name(n)) for n in output_values(m.graph) if "value" in n.meta}
     for node in m.graph.nodes:
-        name = value_name(node) if "value" in node.meta and node.op != "get_attr" and is_real(node) else ""
+        name = value_name(node) if node.op == "call_function" and "value" in node.meta and is_real(node) else ""
         form = m.plan.get(name)
-        if form is None or name not in m.grids or m.ties.get(name, name) != name or form.power_of_two:
+        if form is None or name not in m.grids or m.ties.get(name, name) != name or name in ends or form.power_of_two:
             continue
-        if form.bits < _WIDE and m.grids[name].axis is None:
+        if form.bits <= _WIDEST and m.grids[name].axis is None:
             found.append(name)
     return found
 
