@@ -122,6 +122,13 @@ def test_only_running_values_are_judged() -> None:
     assert not alone.tuned
 
 
+def test_wider_values_can_be_left_alone() -> None:
+    wide = calibrated(8)
+    found = hb.refine_ranges(wide, data(), widest=7)
+    assert found.grids == wide.grids
+    assert "at most 7 bits" in found.log[-1].message
+
+
 def test_what_is_missing_is_said() -> None:
     m = calibrated()
     with pytest.raises(UsageError, match="calibrate before"):
@@ -135,3 +142,11 @@ def test_few_bits_do_it_by_themselves() -> None:
     net = Lopsided().eval()
     q = hb.quantize(net, data(256)[0][0], weight_bits=8, activation_bits=4, recipe="low-bit", target=GENERIC)
     assert any(e.stage == "refine_ranges" for e in q.log)
+
+
+def test_a_rule_that_was_asked_for_has_the_last_word() -> None:
+    net, x = Lopsided().eval(), data(256)[0][0]
+    for rule in ("min-max", hb.MinMax()):
+        q = hb.quantize(net, x, activation_range=rule, target=GENERIC)
+        assert not any(e.stage == "refine_ranges" and "kept" in e.message for e in q.log)
+        assert float(q.grids[hidden(q)].maximum) >= float(run(q.as_float(), (x,), stop=hidden(q))[0].max()) * 0.99

@@ -117,6 +117,8 @@ def recipe_for(
     found = named or default_recipe(data, min(*choice.weights, *choice.activations))
     recipe = load_recipe(found) if isinstance(found, str) else found
     recipe = recipe.changed("calibrate", activations=activation_range, weights=weight_range, logits=logit_range)
+    if activation_range is not None:  # the rule that was asked for has the last word
+        recipe = recipe.without("refine_ranges")
     asked = {"--rounding": rounding, "--iterations": iterations, "--time-limit": time_limit}
     given = [option for option, value in asked.items() if value is not None]
     if given and not recipe.has("reconstruct"):

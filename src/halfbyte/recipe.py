@@ -67,6 +67,10 @@ class Recipe:
         given = {k: v for k, v in options.items() if v is not None}
         return replace(self, steps=tuple({**s, **given} if s["step"] == step else s for s in self.steps))
 
+    def without(self, step: str) -> "Recipe":
+        """The same recipe without the steps of this name."""
+        return replace(self, steps=tuple(s for s in self.steps if s["step"] != step))
+
     def has(self, step: str) -> bool:
         """Whether one of the steps has this name."""
         return any(s["step"] == step for s in self.steps)
@@ -284,10 +288,12 @@ def _reconstruct(
     )  # fmt: skip
 
 
-def _refine_ranges(m: QModel, c: Context) -> QModel:
+def _refine_ranges(m: QModel, c: Context, *, widest: int = 8) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("refine_ranges", None, "left out: there are no data"))
-    return refine_ranges(m, c.few(), fixed=c.ranges, seed=c.seed, progress=c.progress)
+    if c.activations is not None:
+        return m.logged(LogEntry("refine_ranges", None, f"left out: the rule '{c.activations.name}' was asked for"))
+    return refine_ranges(m, c.few(), widest=widest, fixed=c.ranges, seed=c.seed, progress=c.progress)
 
 
 def _tune_statistics(m: QModel, c: Context) -> QModel:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.affine import Grid
-from halfbyte.calibrate import Progress, regridded, silent
+from halfbyte.calibrate import Progress, regridded, room_for_bias, silent
 from halfbyte.errors import DataError, UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import is_real, output_values
@@ -24,27 +24,35 @@ from halfbyte.run import run
 
 FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
-_DIRECTIONS = 2
-_PORTION = 16  # samples whose gradients are held at a time
-_WIDEST = 8  # values of more bits have levels to spare
+_DIRECTIONS = 4
+_PORTION = 4  # samples whose activations and gradients are held at a time
 
 
 def refine_ranges(
-    m: QModel, data: Iterable[Inputs], *, fixed: Container[str] = (), seed: int = 0, progress: Progress = silent
+    m: QModel,
+    data: Iterable[Inputs],
+    *,
+    widest: int = 8,
+    fixed: Container[str] = (),
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> QModel:
-    """Give running values of at most 8 bits the scale that disturbs the outputs least. After ``calibrate``.
+    """Give running values of at most ``widest`` bits the scale that disturbs the outputs least. After ``calibrate``.
 
     data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
     halves of the samples must agree. The last quarter of the samples then decides about all of them together, by the outputs of a
     network with these values rounded and float weights. What the network reads and puts out keeps its range, and so do the values
-    in ``fixed``, by name. Raises :class:`UsageError` for a model without grids and
+    in ``fixed``, by name. Before ``reconstruct``, leave values of 8 bits alone: what narrower ranges cut off there costs layers that
+    try to make up for it more than finer steps bring. Raises :class:`UsageError` for a model without grids and
     :class:`DataError` where there are no data.
     """
     if not m.grids or m.target is None:
         raise UsageError("there are no ranges to refine yet: call place and calibrate before refine_ranges")
-    values = [name for name in _candidates(m) if name not in fixed]
+    values = [name for name in _candidates(m, widest) if name not in fixed]
     if not values:
-        return m.logged(LogEntry("refine_ranges", None, "left as they are: no running value has at most 8 bits"))
+        return m.logged(
+            LogEntry("refine_ranges", None, f"left as they are: no running value has at most {widest} bits")
+        )
     batches = list(data)
     if not batches:
         raise DataError("there are no data to refine ranges by")
@@ -54,6 +62,8 @@ def refine_ranges(
     effects = _effects(m, fit, values, seed, progress)
     found = {name: replace(m.grids[name], scale=m.grids[name].scale * FACTORS[e.best()]) for name, e in effects.items()}
     refined = regridded(m, {n: g for n, g in found.items() if effects[n].best() != _SAME})
+    grids, raised = room_for_bias(refined, dict(refined.grids))
+    refined = replace(refined, grids=grids)
     before, after = (noise_to_signal(_alone(v, values), held or fit, m.as_float()) for v in (m, refined))
     text = f"noise-to-signal at the outputs on held-out samples, float weights: {before:.4g} before, {after:.4g} after"
     figures = {"before": before, "after": after, "kept": after < before}
@@ -61,6 +71,7 @@ def refine_ranges(
         return m.logged(LogEntry("refine_ranges", None, f"undone: {text}", figures))
     return refined.logged(
         *(e.entry(n) for n, e in effects.items() if e.best() != _SAME),
+        *raised,
         LogEntry("refine_ranges", None, f"kept: {text}", figures),
     )
 
@@ -83,7 +94,7 @@ class _Effect:
         return LogEntry("refine_ranges", name, text, {"factor": FACTORS[self.best()], "before": before, "after": after})
 
 
-def _candidates(m: QModel) -> list[str]:
+def _candidates(m: QModel, widest: int = 8) -> list[str]:
     """Running values with a scale of their own, between what the network reads and what it puts out."""
     found, ends = [], {m.ties.get(value_name(n), value_name(n)) for n in output_values(m.graph) if "value" in n.meta}
     for node in m.graph.nodes:
@@ -91,7 +102,7 @@ def _candidates(m: QModel) -> list[str]:
         form = m.plan.get(name)
         if form is None or name not in m.grids or m.ties.get(name, name) != name or name in ends or form.power_of_two:
             continue
-        if form.bits <= _WIDEST and m.grids[name].axis is None:
+        if form.bits <= widest and m.grids[name].axis is None:
             found.append(name)
     return found
 
@@ -116,8 +127,8 @@ def _effects(
     for i, batch in enumerate(fit, 1):
         seen: dict[str, Tensor] = {}
 
-        def tap(name: str, t: Tensor, seen: dict[str, Tensor] = seen) -> Tensor:
-            if name not in effects:
+        def tap(name: str, t: Tensor, seen: dict[str, Tensor] = seen, count: int = len(batch[0])) -> Tensor:
+            if name not in effects or t.ndim == 0 or len(t) != count:  # no value for each sample
                 return t
             seen[name] = t if t.requires_grad else t.detach().requires_grad_()
             return seen[name]
@@ -149,11 +160,11 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
 def _squares(x: Tensor, grid: Grid, form: Format, gradients: Sequence[Tensor]) -> Tensor:
     """Sum of squared first-order changes of the outputs, [2, factors]: every other sample, and the rest."""
     flat = x.flatten(1)
-    slopes = torch.stack([g.flatten(1) for g in gradients], 2)  # [samples, elements, directions]
+    slopes = torch.stack([g.flatten(1) for g in gradients], 1)  # [samples, directions, elements]
     rows = []
     for factor in FACTORS:
-        scale, zero = grid.scale * factor, grid.zero
-        change = (flat / scale).round_().clamp_(form.lo - zero, form.hi - zero).mul_(scale).sub_(flat)
-        each = (change[:, None] @ slopes)[:, 0].double().square().sum(1)
+        scale = float(grid.scale) * factor
+        change = torch.fake_quantize_per_tensor_affine(flat, scale, int(grid.zero), form.lo, form.hi).sub_(flat)
+        each = (slopes @ change[:, :, None])[:, :, 0].double().square().sum(1)
         rows.append(torch.stack([each[0::2].sum(), each[1::2].sum()]))
     return torch.stack(rows, 1).cpu()
