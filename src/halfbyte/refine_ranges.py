@@ -147,11 +147,14 @@ def _effects(
 
 
 def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
-    """Gradients of a random direction of the outputs, each less its mean and over its spread, with respect to the values."""
+    """Gradients of a random direction of the outputs, each over its spread, with respect to the values.
+
+    A shift that all scores of a sample [samples, classes] share changes no decision, and does not count.
+    """
     total = torch.zeros((), device=outputs[0].device)
     for y in outputs:
         z = torch.randn(y.shape, generator=generator).to(y.device)
-        z = z - z.mean(1, keepdim=True) if y.ndim > 1 and y.shape[1] > 1 else z
+        z = z - z.mean(1, keepdim=True) if y.ndim == 2 and y.shape[1] > 1 else z
         total = total + (y * z).sum() / y.detach().std().clamp(min=1e-12)
     return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
 
