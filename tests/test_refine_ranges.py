@@ -150,3 +150,18 @@ def test_a_rule_that_was_asked_for_has_the_last_word() -> None:
         q = hb.quantize(net, x, activation_range=rule, target=GENERIC)
         assert not any(e.stage == "refine_ranges" and "kept" in e.message for e in q.log)
         assert float(q.grids[hidden(q)].maximum) >= float(run(q.as_float(), (x,), stop=hidden(q))[0].max()) * 0.99
+
+
+class Indices(Lopsided):
+    """Also puts out what nobody can differentiate: the class, and scores cut off from the graph."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        return y, y.argmax(1), y.cumsum(1).detach()
+
+
+def test_outputs_that_are_no_numbers_do_not_count() -> None:
+    q = hb.quantize(Indices().eval(), data(256)[0][0], target=GENERIC)
+    entry = next(e for e in q.log if e.stage == "refine_ranges" and e.value is None)
+    assert entry.message.startswith(("kept", "undone"))
+    assert entry.figures["before"] > 0

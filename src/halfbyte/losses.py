@@ -17,12 +17,17 @@ _SMALLEST = 1e-30
 
 @torch.no_grad()
 def noise_to_signal(m: QModel, data: Iterable[Inputs], reference: QModel) -> float:
-    """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs."""
+    """Squared difference between simulation and float outputs over the variance of the float outputs, averaged over outputs.
+
+    Outputs that are no real numbers, such as indices of classes, do not count.
+    """
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
     tap = simulate(m)
     for batch in data:
         for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
+            if not a.is_floating_point():
+                continue
             noise[i] = noise.get(i, 0.0) + float((a - b).double().square().sum())
             signal[i] = signal.get(i, 0.0) + float((a - a.mean()).double().square().sum())
     return sum(noise[i] / max(signal[i], _SMALLEST) for i in noise) / max(1, len(noise))

@@ -59,9 +59,9 @@ def refine_ranges(
     samples = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
     cut = max(1, len(samples[0]) - len(samples[0]) // 4)
     fit, held = (list(_portions(tuple(t[part] for t in samples))) for part in (slice(cut), slice(cut, None)))
-    effects = _effects(m, fit, values, seed, progress)
-    found = {name: replace(m.grids[name], scale=m.grids[name].scale * FACTORS[e.best()]) for name, e in effects.items()}
-    refined = regridded(m, {n: g for n, g in found.items() if effects[n].best() != _SAME})
+    changed = {n: e for n, e in _effects(m, fit, values, seed, progress).items() if e.best() != _SAME}
+    scales = {n: m.grids[n].scale * FACTORS[e.best()] for n, e in changed.items()}
+    refined = regridded(m, {n: replace(m.grids[n], scale=scale) for n, scale in scales.items()})
     grids, raised = room_for_bias(refined, dict(refined.grids))
     refined = replace(refined, grids=grids)
     before, after = (noise_to_signal(_alone(v, values), held or fit, m.as_float()) for v in (m, refined))
@@ -70,7 +70,7 @@ def refine_ranges(
     if after >= before:
         return m.logged(LogEntry("refine_ranges", None, f"undone: {text}", figures))
     return refined.logged(
-        *(e.entry(n) for n, e in effects.items() if e.best() != _SAME),
+        *(e.entry(n) for n, e in changed.items()),
         *raised,
         LogEntry("refine_ranges", None, f"kept: {text}", figures),
     )
