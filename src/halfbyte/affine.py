@@ -95,10 +95,9 @@ def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
     """The nearest representable real values; gradients to ``x`` and to ``grid.scale`` as in arXiv 2106.08295, section 4.1."""
     shared = grid.scale.ndim == grid.zero.ndim == 0 and max(grid.lo.ndim, grid.hi.ndim) < max(1, x.ndim)
     if shared and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
-        zero = int(grid.zero)  # the same arithmetic on one buffer, for speed
-        y = (x / grid.scale.to(x.dtype)).round_().add_(zero)
-        y = y.clamp_(int(grid.lo), int(grid.hi)) if grid.lo.ndim == grid.hi.ndim == 0 else y.clamp_(grid.lo, grid.hi)
-        return y.sub_(zero).mul_(grid.scale)
+        lo, hi = grid.lo - grid.zero, grid.hi - grid.zero  # the same numbers from one buffer, for speed
+        limits: Any = (int(lo), int(hi)) if lo.ndim == hi.ndim == 0 else (lo, hi)
+        return (x / grid.scale.to(x.dtype)).round_().clamp_(*limits).mul_(grid.scale)
     return dequantize(quantize(x, grid), grid)
 
 

@@ -21,11 +21,11 @@ from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
 from halfbyte.refinement import LEARNED, Clock, Env, Part, Rates, Refined, Rounding, descend, execute
-from halfbyte.run import last_uses
+from halfbyte.run import laid_out, last_uses
 from halfbyte.store import load, save
 
 _KEPT = "blocks"  # the folder of the model behind the last finished block
-_PORTION = 16  # samples that run at a time where nothing is learned
+_PORTION = 4  # samples that run at a time where nothing is learned
 # A step sees about so many output positions, of so many samples at least and at most: few samples of large maps say as much of a
 # layer's weights as many of small ones, and cost the same.
 _POSITIONS, _FEWEST, _MOST = 4096, 2, 64
@@ -140,7 +140,7 @@ class _Stream:
     def __init__(self, m: QModel, samples: Inputs) -> None:
         device = next((t.device for t in m.params.values()), torch.device("cpu"))
         self.count = len(samples[0])
-        self.env: Env = {n: x.to(device) for n, x in zip(m.inputs, samples, strict=True)}
+        self.env: Env = {n: laid_out(x.to(device)) for n, x in zip(m.inputs, samples, strict=True)}
         self.freed = last_uses(m.graph)
 
     @torch.no_grad()
@@ -262,7 +262,7 @@ def _importance(m: QModel, found: Sequence[Sequence[fx.Node]], samples: Inputs) 
     sums: list[Tensor | None] = [None] * len(found)
     freed = last_uses(m.graph)
     for begin in range(0, len(samples[0]), _PORTION):
-        env: Env = {n: x[begin : begin + _PORTION] for n, x in zip(m.inputs, samples, strict=True)}
+        env: Env = {n: laid_out(x[begin : begin + _PORTION]) for n, x in zip(m.inputs, samples, strict=True)}
         held: list[Tensor] = []
         with torch.enable_grad():
             for nodes, end in zip(found, ends, strict=True):

@@ -29,8 +29,8 @@ from halfbyte.grids import MSE, GridRule, MinMax, cross_entropy, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
 from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds, is_tensor
-from halfbyte.run import run
-from halfbyte.stats import Histogram, expected_histogram, histogram
+from halfbyte.run import portions, run
+from halfbyte.stats import SAMPLED, Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
 # A bias this close to the end of int32 leaves no room for the products that are added to it.
@@ -108,7 +108,7 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
                 raise DataError(
                     f"value '{name}' becomes NaN or infinite on the calibration data: check the network and its inputs"
                 )
-            new = histogram(x)
+            new = histogram(x, share)
             found[name] = found[name].merged(new) if name in found else new
         if name in classifiers and sum(map(len, logits.setdefault(name, []))) < _LOGITS:
             logits[name].append(x.clone())
@@ -118,10 +118,12 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
         return x
 
     reference = m.as_float()
-    seen = 0
+    seen, share = 0, SAMPLED
     with torch.inference_mode():
         for i, batch in enumerate(data):
-            run(reference, batch, tap)
+            for part in portions(m, [batch]):
+                share = max(1, SAMPLED * len(part[0]) // len(batch[0]))  # values that each histogram counts
+                run(reference, part, tap)
             seen += len(batch[0])
             progress("calibrate", i + 1, None)
     if not seen:

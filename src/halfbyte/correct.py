@@ -11,6 +11,7 @@ from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, blocks, input_axis, layers, per_input, weight_of
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
+from halfbyte.run import portions
 from halfbyte.walk import Frontier, walk
 
 _BIAS_BITS = 16  # below, corrections hurt more than they help (github.com/jakc4103/DFQ, issue 39)
@@ -114,7 +115,7 @@ def _empirical(m: QModel, data: Iterable[Inputs]) -> QModel:
         corrected += 1
         return replace(now, tuned={**now.tuned, str(bias.target): b - trusted * mean})
 
-    m = walk(m, data, visit)
+    m = walk(m, portions(m, data), visit)
     text = f"the mean error of the outputs of {corrected} layers, measured on data, is taken into their biases"
     return m.logged(LogEntry("correct_bias", None, text))
 

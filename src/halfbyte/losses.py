@@ -9,7 +9,7 @@ from torch import Tensor
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.ops import is_tensor
-from halfbyte.run import run, simulate
+from halfbyte.run import portions, run, simulate
 
 Loss = Literal["error", "divergence"]
 _SMALLEST = 1e-30
@@ -24,7 +24,7 @@ def noise_to_signal(m: QModel, data: Iterable[Inputs], reference: QModel) -> flo
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
     tap = simulate(m)
-    for batch in data:
+    for batch in portions(m, data):
         for i, (a, b) in enumerate(zip(run(reference, batch), run(m, batch, tap), strict=True)):
             if not a.is_floating_point():
                 continue

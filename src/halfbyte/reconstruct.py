@@ -25,6 +25,7 @@ from halfbyte.graph import bias_of, layers, macs, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
+from halfbyte.run import portions
 from halfbyte.second_moments import Patches, gathered
 from halfbyte.walk import Frontier, read_alone, walk
 
@@ -60,7 +61,7 @@ def reconstruct(
     """
     if not m.grids or m.target is None:
         raise UsageError("there is no grid to round to yet: call place and calibrate before reconstruct")
-    fit, held = split(data)
+    fit, held = (list(portions(m, part)) for part in split(data))
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
     clock = _Clock(solver, time_limit, [n for n in order if not why_not(m, n)])
     store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else fingerprint(m, [*fit, *held]))

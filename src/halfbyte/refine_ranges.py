@@ -6,26 +6,26 @@ once, without labels (the loss-aware clipping of LAPQ, arXiv 1911.07190, with th
 Summed over a sample's positions before it is squared, an error that all positions share counts as it adds up.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.affine import Grid
+from halfbyte.affine import Grid, fake_quantize
 from halfbyte.calibrate import Progress, regridded, room_for_bias, silent
 from halfbyte.errors import DataError, UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import is_real, output_values
 from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
-from halfbyte.run import run
+from halfbyte.run import portions, run
 
 FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
 _DIRECTIONS = 4
-_PORTION = 4  # samples whose activations and gradients are held at a time
+_MOST = 32  # samples whose activations and gradients are held at a time
 
 
 def refine_ranges(
@@ -58,7 +58,7 @@ def refine_ranges(
         raise DataError("there are no data to refine ranges by")
     samples = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
     cut = max(1, len(samples[0]) - len(samples[0]) // 4)
-    fit, held = (list(_portions(tuple(t[part] for t in samples))) for part in (slice(cut), slice(cut, None)))
+    fit, held = (list(portions(m, [tuple(t[part] for t in samples)], _MOST)) for part in (slice(cut), slice(cut, None)))
     changed = {n: e for n, e in _effects(m, fit, values, seed, progress).items() if e.best() != _SAME}
     scales = {n: m.grids[n].scale * FACTORS[e.best()] for n, e in changed.items()}
     refined = regridded(m, {n: replace(m.grids[n], scale=scale) for n, scale in scales.items()})
@@ -113,11 +113,6 @@ def _alone(m: QModel, values: Sequence[str]) -> QModel:
     return replace(m, grids=kept, tuned={})
 
 
-def _portions(samples: Inputs) -> Iterator[Inputs]:
-    for i in range(0, len(samples[0]), _PORTION):
-        yield tuple(t[i : i + _PORTION] for t in samples)
-
-
 def _effects(
     m: QModel, fit: Sequence[Inputs], values: Sequence[str], seed: int, progress: Progress
 ) -> dict[str, _Effect]:
@@ -162,12 +157,12 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
 @torch.no_grad()
 def _squares(x: Tensor, grid: Grid, form: Format, gradients: Sequence[Tensor]) -> Tensor:
     """Sum of squared first-order changes of the outputs, [2, factors]: every other sample, and the rest."""
-    flat = x.flatten(1)
-    slopes = torch.stack([g.flatten(1) for g in gradients], 1)  # [samples, directions, elements]
+    flat = x.movedim(1, -1).flatten(1)  # as images lie in memory
+    slopes = torch.stack([g.movedim(1, -1).flatten(1) for g in gradients], 1)  # [samples, directions, elements]
+    lo, hi = (torch.full_like(grid.zero, limit) for limit in (form.lo, form.hi))
     rows = []
     for factor in FACTORS:
-        scale = float(grid.scale) * factor
-        change = torch.fake_quantize_per_tensor_affine(flat, scale, int(grid.zero), form.lo, form.hi).sub_(flat)
+        change = fake_quantize(flat, Grid(grid.scale * factor, grid.zero, lo, hi)).sub_(flat)
         each = (slopes @ change[:, :, None])[:, :, 0].double().square().sum(1)
         rows.append(torch.stack([each[0::2].sum(), each[1::2].sum()]))
     return torch.stack(rows, 1).cpu()

@@ -19,7 +19,7 @@ from halfbyte.formats import Format
 from halfbyte.graph import bias_of, input_axis, is_real, layers, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.reconstruct import why_not
-from halfbyte.run import last_uses
+from halfbyte.run import evaluate_plainly, last_uses
 
 Learned = Literal["biases", "scales", "codes"]
 LEARNED: tuple[Learned, ...] = ("biases", "scales", "codes")
@@ -66,7 +66,7 @@ def execute(
         if node.op == "get_attr":
             continue
         if node.op != "placeholder":
-            env[node] = node.target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))  # type: ignore[operator]
+            env[node] = evaluate_plainly(node, fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load))
         if tap is not None and "value" in node.meta and isinstance(env[node], Tensor):
             env[node] = tap.value(node, env[node])
         for dead in freed.get(node, ()):
@@ -81,12 +81,13 @@ class _LearnedRounding(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: int, lo: int, hi: int) -> Tensor:
         ratio = x / scale
         codes = ratio.round().clamp_(lo - zero, hi - zero)
-        inside = (ratio >= lo - zero - 0.5) & (ratio <= hi - zero + 0.5)
+        off = ratio.sub_(codes)
+        inside = off.abs() <= 0.5
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(inside, codes - ratio * inside)
+            ctx.save_for_backward(inside, torch.where(inside, off.neg_(), codes))
         else:
             ctx.save_for_backward(inside)
-        return codes * scale
+        return codes.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

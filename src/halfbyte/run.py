@@ -1,16 +1,24 @@
 """Execute a model's graph. Whatever looks at or alters a running tensor is a tap: ``(value name, tensor) -> tensor``."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, Params, QModel, Tap, value_name
+from halfbyte.ops import is_tensor
 
 Evaluate = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+_aten = torch.ops.aten
+_CLAMP, _HARDTANH = _aten.clamp.default, _aten.hardtanh.default
+_AS_WELL: dict[Any, Any] = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}  # fmt: skip
+_WIDEST = 1 << 22  # elements of the widest value of a portion, 16 MiB
+_FEWEST = 2  # samples of a portion
 
 
 def keep(_: str, x: Tensor) -> Tensor:
@@ -31,8 +39,37 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def evaluate_plainly(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the node's operation."""
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    """Call the node's operation, in the kernel that does the same at the least cost."""
+    target: Any = _AS_WELL.get(node.target, node.target)
+    if target is _CLAMP and args[0].requires_grad and len(args) == 3 and None not in args:
+        target = _HARDTANH  # one kernel backward, where clamp takes seven
+    return target(*args, **kwargs)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """An input as the CPU's kernels read it without conversion: images with their channels last. No number changes."""
+    on_cpu = x.device.type == "cpu" and x.is_floating_point()
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and on_cpu else x
+
+
+def _plain(x: Any) -> Any:
+    """A result as users expect it in memory."""
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator[Inputs]:
+    """The same samples, ``most`` at a time, in batches whose widest value is small: of large blocks of memory each page costs.
+
+    Batches stay as they are on an accelerator and where the network takes a fixed number of samples.
+    """
+    shapes = [n.meta["shape"] for n in m.graph.nodes if n.op != "get_attr" and is_tensor(n)]
+    free = all(n.meta["shape"] and not isinstance(n.meta["shape"][0], int) for n in m.inputs)
+    widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
+    on_cpu = all(t.device.type == "cpu" for t in m.params.values())
+    count = min(most, max(_FEWEST, _WIDEST // max(1, widest))) if free and on_cpu else 0
+    for batch in data:
+        for i in range(0, len(batch[0]), count or len(batch[0])):
+            yield tuple(t[i : i + count] for t in batch) if count else batch
 
 
 def steps(
@@ -95,13 +132,14 @@ def run(
         if node.op == "get_attr":
             return values[str(node.target)]
         result = next(inputs)
-        return result if device is None else result.to(device)
+        result = result if device is None else result.to(device)
+        return laid_out(result) if isinstance(result, Tensor) else result
 
     for node in steps(m.graph.nodes, env, given, tap, freed=last_uses(m.graph), evaluate=evaluate):
         if node.op == "output":
-            return tuple(env[n] for n in output_values(m.graph))
+            return tuple(map(_plain, (env[n] for n in output_values(m.graph))))
         if stop is not None and node.meta.get("value") == stop and isinstance(env[node], Tensor):
-            return (env[node],)
+            return (_plain(env[node]),)
     raise UsageError("the graph has no output")
 
 

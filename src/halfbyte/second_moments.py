@@ -58,13 +58,18 @@ def sampled_patches(layer: fx.Node, x: Tensor, y: Tensor, rows: int, generator: 
     count = min(everywhere, math.ceil(rows / n))
     at = torch.arange(everywhere) if count == everywhere else torch.randperm(everywhere, generator=generator)[:count]
     index, inside = _taps(layer, at, y.shape[2:], x.shape[2:])
-    read = x.flatten(2).index_select(2, index.flatten().to(x.device)).reshape(n, x.shape[1], *index.shape)
+    read = _positions(x, index.flatten())  # [samples, taps and positions, channels], as images lie in memory
     if not bool(inside.all()):
-        read = read * inside.to(read)
+        read = read * inside.flatten()[:, None].to(read)
     taps = len(index)
-    read = read.reshape(n, g, -1, taps, count).permute(1, 0, 4, 2, 3).reshape(g, n * count, -1)
-    wanted = y.flatten(2).index_select(2, at.to(y.device)).reshape(n, g, -1, count)
-    return Patches(read, wanted.permute(1, 0, 3, 2).reshape(g, n * count, -1))
+    read = read.reshape(n, taps, count, g, -1).permute(3, 0, 2, 4, 1).reshape(g, n * count, -1)
+    wanted = _positions(y, at).reshape(n * count, g, -1)
+    return Patches(read, wanted.movedim(1, 0).contiguous())
+
+
+def _positions(x: Tensor, at: Tensor) -> Tensor:
+    """Some positions of images [samples, channels, ...], as [samples, positions, channels]."""
+    return x.movedim(1, -1).flatten(1, -2).index_select(1, at.to(x.device))
 
 
 def _taps(layer: fx.Node, at: Tensor, out: Sequence[int], into: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -70,19 +70,27 @@ class Histogram:
         return float(self.centres[min(index, len(self.counts) - 1)])
 
 
-def histogram(x: Tensor) -> Histogram:
-    """Summarize one tensor of finite values."""
-    lo, hi = (float(v) for v in torch.aminmax(x.detach()))
+def histogram(x: Tensor, sampled: int = SAMPLED) -> Histogram:
+    """Summarize one tensor of finite values, of which about ``sampled`` are counted."""
+    flat = _as_it_lies(x.detach())
+    lo, hi = (float(v) for v in torch.aminmax(flat))
     largest = max(abs(lo), abs(hi), 1e-30)
     span = max(hi - lo, largest * 1e-6)
     width = 2.0 ** math.ceil(math.log2(span / (BINS - 2)))
     first, last = round(lo / width), round(hi / width)
-    flat = x.detach().flatten()
-    if flat.numel() > SAMPLED:
-        stride = flat.numel() // SAMPLED
-        flat = flat[:: stride + (stride + 1) % 2]  # odd, so that rows of even length are sampled at every column
+    if flat.numel() > sampled:
+        stride = flat.numel() // sampled
+        while any(math.gcd(stride, d) > 1 for d in x.shape[1:]):  # each channel and each column has its share
+            stride += 1
+        flat = flat[::stride]
     counts = torch.histc(flat.float(), last - first + 1, (first - 0.5) * width, (last + 0.5) * width)
     return Histogram(counts.double(), first, width, lo, hi)
+
+
+def _as_it_lies(x: Tensor) -> Tensor:
+    """All values in the order in which they lie in memory."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return (x.movedim(1, 3) if last else x).reshape(-1)
 
 
 _EXPECTED_BINS, _EXPECTED_ELEMENTS = 512, 1024

@@ -19,7 +19,7 @@ from halfbyte.losses import Loss, classifies, divergence, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
 from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend
-from halfbyte.run import run
+from halfbyte.run import laid_out, portions, run
 from halfbyte.store import load, save
 
 _PORTION = 16  # samples that run at a time where nothing is learned
@@ -114,8 +114,7 @@ class _Judge:
         self.at = [i for i, n in enumerate(self.outputs) if is_real(n)]  # decisions, such as an index, have no gradient
         with torch.no_grad():
             reference = part.m.as_float()
-            at = range(0, len(samples[0]), _PORTION)
-            made = [run(reference, tuple(x[i : i + _PORTION] for x in self.samples)) for i in at]
+            made = [run(reference, x) for x in portions(part.m, [self.samples])]
         self.wanted: Outputs = tuple(torch.cat([y[i] for y in made]) for i in self.at)
         self.signals = tuple(self._signal(y) for y in self.wanted)
 
@@ -125,7 +124,7 @@ class _Judge:
     def env(self, at: Tensor) -> Env:
         """What the network is given of some of the samples."""
         m = self.part.m
-        return {n: x[at.to(x.device)] for n, x in zip(m.inputs, self.samples, strict=True)}
+        return {n: laid_out(x[at.to(x.device)]) for n, x in zip(m.inputs, self.samples, strict=True)}
 
     def __call__(self, at: Tensor) -> Tensor:
         """The loss over some of the samples."""

@@ -17,7 +17,7 @@ from halfbyte.errors import DataError
 from halfbyte.graph import layers
 from halfbyte.model import Inputs, QModel, value_name
 from halfbyte.ops import Kind, kind
-from halfbyte.run import last_uses
+from halfbyte.run import evaluate_plainly, laid_out, last_uses
 
 Frontier = Sequence[Tensor]
 # model so far, layer, the layer's input in the quantized network and what it should put out, batch by batch -> model
@@ -41,7 +41,8 @@ class _Store:
             return t
         self.files += 1
         path = Path(self.folder) / f"{self.files}"
-        mapped = torch.from_file(str(path), shared=True, size=t.numel(), dtype=t.dtype).reshape(t.shape)
+        mapped = torch.from_file(str(path), shared=True, size=t.numel(), dtype=t.dtype)
+        mapped = mapped.as_strided(t.shape, torch.empty_like(t, device="meta").stride())  # channels last stay last
         mapped.copy_(t)
         path.unlink()  # the mapping keeps the data; nothing stays behind if the process ends
         return mapped
@@ -171,7 +172,7 @@ class _Stream:
                 known[str(n.target)] = fake_quantize(value, grid)
             return known[str(n.target)]
 
-        return node.target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))  # type: ignore[operator]
+        return evaluate_plainly(node, fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load))
 
     def advance(
         self,
@@ -194,7 +195,7 @@ class _Stream:
                 continue
             if node.op == "placeholder":
                 result = next(inputs)
-                result = result if device is None else result.to(device)
+                result = laid_out(result if device is None else result.to(device))
             elif at == 0 and first is not None:
                 result = first
             else:

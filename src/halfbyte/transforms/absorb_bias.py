@@ -17,7 +17,7 @@ from halfbyte.graph import bias_of, blocks, by_value, editable, input_axis, para
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.moments import propagate
 from halfbyte.ops import CLAMP_CHANNELS, GLOBAL_AVERAGE_POOL, Kind, base_name, clamp_bounds, kind
-from halfbyte.run import run
+from halfbyte.run import portions, run
 
 _BELOW = 3.0  # deviations below the mean that hardly any value reaches (equation 9)
 _WORTH = 0.05  # of the range between the layers: less is not worth a clamp with limits for each channel
@@ -125,7 +125,7 @@ def _measured(m: QModel, data: Iterable[Inputs], usable: list[Pair]) -> dict[str
             ends[name] = new
         return x
 
-    for batch in data:
+    for batch in portions(m, data):
         run(m.as_float(), batch, tap)
     found = {}
     for pair in usable:

@@ -32,7 +32,7 @@ from halfbyte.graph import (
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.moments import propagate
 from halfbyte.ops import CLAMP_CHANNELS, Kind, clamp_bounds, kind
-from halfbyte.run import run
+from halfbyte.run import portions, run
 
 Method = Literal["noise", "weights"]
 Ranges = Literal["symmetric", "asymmetric"]
@@ -165,7 +165,7 @@ def _measured(m: QModel, data: Iterable[Inputs], axes: dict[str, int]) -> dict[s
             count[name] = count.get(name, 0) + x.numel() // x.shape[axes[name]]
         return x
 
-    for batch in data:
+    for batch in portions(m, data):
         run(m.as_float(), batch, tap)
     measured = {}
     for name, (low, high, *sums) in found.items():
