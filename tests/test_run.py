@@ -68,3 +68,14 @@ def test_a_fixed_number_of_samples_is_not_cut() -> None:
     for node in m.inputs:
         node.meta["shape"] = (6, *node.meta["shape"][1:])
     assert [len(b) for (b,) in portions(m, [(x,)], most=2)] == [6]
+
+
+def test_limits_of_channels_have_the_gradient_of_clamp() -> None:
+    node = torch.fx.Graph().call_function(torch.ops.halfbyte.clamp_channels.default)
+    x, g = torch.randn(3, 4, 5, 5, requires_grad=True), torch.randn(3, 4, 5, 5)
+    lower, upper = torch.rand(4, 1, 1) - 1, torch.rand(4, 1, 1)
+    found = evaluate_plainly(node, (x, lower, upper), {})
+    (slope,) = torch.autograd.grad(found, x, g)
+    (wanted,) = torch.autograd.grad(torch.clamp(x, lower, upper), x, g)
+    assert torch.equal(slope, wanted)
+    assert 0 < int((slope == 0).sum()) < slope.numel()

@@ -19,7 +19,7 @@ from halfbyte.formats import Format
 from halfbyte.graph import bias_of, input_axis, is_real, layers, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.reconstruct import why_not
-from halfbyte.run import evaluate_plainly, last_uses
+from halfbyte.run import evaluate_plainly, fitting, last_uses
 
 Learned = Literal["biases", "scales", "codes"]
 LEARNED: tuple[Learned, ...] = ("biases", "scales", "codes")
@@ -27,6 +27,7 @@ Env = dict[fx.Node, Any]
 Loss = Callable[[Tensor], Tensor]  # indices of samples -> their mean loss
 _CHECKS = 4  # so often the held-out samples are asked on the way
 _TIMED = 3  # steps that tell how long one takes
+_ALL = 1 << 30
 _WIDE = 8  # running values of fewer bits learn their scale, weights of fewer bits their codes
 
 
@@ -79,21 +80,19 @@ class _LearnedRounding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: int, lo: int, hi: int) -> Tensor:
-        ratio = x / scale
-        codes = ratio.round().clamp_(lo - zero, hi - zero)
-        off = ratio.sub_(codes)
-        inside = off.abs() <= 0.5
-        if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(inside, torch.where(inside, off.neg_(), codes))
-        else:
-            ctx.save_for_backward(inside)
-        return codes.mul_(scale)
+        y = (x / scale).round_().clamp_(lo - zero, hi - zero).mul_(scale)
+        ctx.ends = ((lo - zero - 0.5) * float(scale), (hi - zero + 0.5) * float(scale))
+        ctx.save_for_backward(x, y, scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        inside, *rest = ctx.saved_tensors
-        step = (grads[0] * rest[0]).sum() if rest else None
-        return grads[0] * inside, step, None, None, None
+        x, y, scale = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.ends)
+        step = None
+        if ctx.needs_input_grad[1]:  # the codes, less x / scale where it lies inside
+            step = ((grads[0] * y).sum() - (inside * x).sum()) / scale
+        return inside, step, None, None, None
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ class Part(Rounding):
         super().__init__(m)
         self.nodes, self.drop, self.dropping = nodes, drop, False
         self.freed = last_uses(m.graph)
+        on_cpu = all(t.device.type == "cpu" for t in m.params.values())
+        self.portion = fitting(nodes) if on_cpu else _ALL  # samples whose gradients are computed at a time
         self.generator = torch.Generator().manual_seed(seed)
         every, self.learn = set(layers(m.graph)), frozenset(learn)
         self.layers = [n for n in nodes if n in every and not why_not(m, n)]
@@ -201,7 +202,9 @@ class Part(Rounding):
             def value(self, node: fx.Node, x: Tensor) -> Tensor:
                 bias = bias_of(node) if node in wanted else None
                 if bias is not None:
-                    seen[str(bias.target)] = x.movedim(input_axis(node), 0).flatten(1).std(1)
+                    others = [d for d in range(x.ndim) if d != input_axis(node) % x.ndim]
+                    variance = x.square().mean(others) - x.mean(others).square()
+                    seen[str(bias.target)] = variance.clamp(min=0).sqrt()
                 return super().value(node, x)
 
         with torch.no_grad():
@@ -329,9 +332,9 @@ def descend(
         optimizer.zero_grad()
         with torch.enable_grad():
             part.dropping = True
-            value = loss(at)
+            for some in torch.split(at, part.portion):
+                (loss(some) * (len(some) / len(at))).backward()  # type: ignore[no-untyped-call]
             part.dropping = False
-            value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         step += 1
         going = tick(step, steps)

@@ -11,11 +11,12 @@ from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, Params, QModel, Tap, value_name
-from halfbyte.ops import is_tensor
+from halfbyte.ops import CLAMP_CHANNELS, is_tensor
 
 Evaluate = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 _aten = torch.ops.aten
-_CLAMP, _HARDTANH = _aten.clamp.default, _aten.hardtanh.default
+# What clamp does, at two operations backward instead of seven; for inputs that need a gradient.
+_CLAMPS: dict[Any, Any] = {_aten.clamp.default: _aten.hardtanh.default}
 _AS_WELL: dict[Any, Any] = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}  # fmt: skip
 _WIDEST = 1 << 22  # elements of the widest value of a portion, 16 MiB
 _FEWEST = 2  # samples of a portion
@@ -41,9 +42,27 @@ def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def evaluate_plainly(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the node's operation, in the kernel that does the same at the least cost."""
     target: Any = _AS_WELL.get(node.target, node.target)
-    if target is _CLAMP and args[0].requires_grad and len(args) == 3 and None not in args:
-        target = _HARDTANH  # one kernel backward, where clamp takes seven
+    if target in _CLAMPS and len(args) == 3 and None not in args and args[0].requires_grad:
+        target = _CLAMPS[target]
     return target(*args, **kwargs)
+
+
+class _ClampedChannels(torch.autograd.Function):
+    """Limits for each channel, with a gradient where they change nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        y = torch.clamp(x, lower, upper)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return grads[0] * (x == y), None, None
+
+
+_CLAMPS[CLAMP_CHANNELS] = _ClampedChannels.apply
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -57,16 +76,21 @@ def _plain(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) else x
 
 
+def fitting(nodes: Iterable[fx.Node]) -> int:
+    """How many samples run at a time without large blocks of memory, of which each page costs a fault whenever they are new."""
+    shapes = [n.meta["shape"] for n in nodes if n.op != "get_attr" and is_tensor(n)]
+    widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
+    return max(_FEWEST, _WIDEST // max(1, widest))
+
+
 def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator[Inputs]:
-    """The same samples, ``most`` at a time, in batches whose widest value is small: of large blocks of memory each page costs.
+    """The same samples, as many at a time as fit (:func:`fitting`), ``most`` at most.
 
     Batches stay as they are on an accelerator and where the network takes a fixed number of samples.
     """
-    shapes = [n.meta["shape"] for n in m.graph.nodes if n.op != "get_attr" and is_tensor(n)]
     free = all(n.meta["shape"] and not isinstance(n.meta["shape"][0], int) for n in m.inputs)
-    widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
     on_cpu = all(t.device.type == "cpu" for t in m.params.values())
-    count = min(most, max(_FEWEST, _WIDEST // max(1, widest))) if free and on_cpu else 0
+    count = min(most, fitting(m.graph.nodes)) if free and on_cpu else 0
     for batch in data:
         for i in range(0, len(batch[0]), count or len(batch[0])):
             yield tuple(t[i : i + count] for t in batch) if count else batch
