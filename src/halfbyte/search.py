@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy.special import betaincinv
 from torch import Tensor
 
 from halfbyte.calibrate import Progress, silent
@@ -107,7 +107,7 @@ def upper_bound(changes: Tensor, attempt: int) -> float:
     """
     n, events = len(changes), int((changes != 0).sum())
     doubt = _DOUBT / attempt
-    exact = 100.0 if events == n else 100 * float(stats.beta.ppf(1 - doubt, events + 1, n - events))
+    exact = 100.0 if events == n else 100 * float(betaincinv(events + 1, n - events, 1 - doubt))
     if bool((changes >= 0).all()):
         return exact
     spread = 100 * math.sqrt((events + 1) / (n + 2) / n)

@@ -19,12 +19,12 @@ from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
-from halfbyte.run import last_uses, run, simulate, steps
+from halfbyte.run import fitting, laid_out, last_uses, run, simulate, steps
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
 Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
 LEAST = 1e-6  # a narrower width is never taken to be better than the widest
-_PORTION = 16  # samples run at a time
+_MOST = 16  # samples run at a time
 _FEW_FLIPS = 20
 
 
@@ -73,7 +73,7 @@ def sensitivity(
     a pass on average. Raises :class:`UsageError` for candidates of different graphs, :class:`DataError` without data.
     """
     u = units(candidates)
-    portions = list(_portions(data, samples, labelled=metric == "loss"))
+    portions = list(_portions(candidates[max(candidates)], data, samples, labelled=metric == "loss"))
     if metric in ("noise", "second-order"):
         losses = proxies(candidates, u, [x for x, _ in portions], weighted=metric == "second-order")
         return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions))
@@ -89,7 +89,7 @@ def sensitivity(
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
-    portions = list(_portions(data, samples, labelled=metric == "loss"))
+    portions = list(_portions(m, data, samples, labelled=metric == "loss"))
     judge, tap, reference = _judge(m, metric), simulate(m), m.as_float()
     sums = [judge(run(reference, x), run(m, x, tap), y) for x, y in portions]
     return _mean(torch.stack(sums).sum(0))
@@ -104,15 +104,17 @@ def _count(portions: list[tuple[Inputs, Tensor | None]]) -> int:
     return sum(len(x[0]) for x, _ in portions)
 
 
-def _portions(data: Iterable[Any], samples: int, *, labelled: bool) -> Iterator[tuple[Inputs, Tensor | None]]:
+def _portions(
+    m: QModel, data: Iterable[Any], samples: int, *, labelled: bool
+) -> Iterator[tuple[Inputs, Tensor | None]]:
     """The first samples, some at a time, with their labels if there are."""
-    left = samples
+    left, count = samples, min(_MOST, fitting(m.graph.nodes))
     for batch in data:
         if labelled and not (len(batch) == 2 and isinstance(batch[0], tuple | list)):
             raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")
         inputs, labels = batch if labelled else (batch, None)
-        for i in range(0, min(left, len(inputs[0])), _PORTION):
-            end = min(i + _PORTION, left)
+        for i in range(0, min(left, len(inputs[0])), count):
+            end = min(i + count, left)
             yield tuple(t[i:end] for t in inputs), None if labels is None else labels[i:end]
         left -= len(inputs[0])
         if left <= 0:
@@ -231,7 +233,7 @@ def _measured(
     for x, labels in portions:
         wanted = run(reference, x)
         env: dict[fx.Node, Any] = {}
-        given = {**constants, **{n: t.to(wanted[0].device) for n, t in zip(base.inputs, x, strict=False)}}
+        given = {**constants, **{n: laid_out(t.to(wanted[0].device)) for n, t in zip(base.inputs, x, strict=False)}}
         ahead = steps(nodes, env, given.__getitem__, tap, freed=freed)
         for i in range(len(nodes)):
             for key in due.get(i, ()):
