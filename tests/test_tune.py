@@ -383,3 +383,31 @@ def test_a_block_takes_samples_by_its_positions() -> None:
     a, b, c = layers(hb.capture(Sizes().eval(), (torch.zeros(2, 3, 64, 64),)).graph)
     assert [portion([n]) for n in (a, b, c)] == [2, 16, 64]
     assert portion([a, b, c]) == 2
+
+
+def test_features_and_mixed_samples_lower_the_noise(start: hb.QModel) -> None:
+    """Judged on samples that nobody has seen."""
+    few, fresh = [(samples()[0][0][:16],)], samples(64, 9)
+    options: dict[str, Any] = {"learn": EVERYTHING, "iterations": 60, "rate": 0.02, "scale_rate": 0.05, "batch": 8}
+    out = hb.tune(start, few, features=True, mix=True, **options)
+    assert noise(out, fresh) < 0.7 * noise(start, fresh)
+    assert out.log[-1].figures["kept"]
+    for name, grid in out.grids.items():  # whatever moved lies on its grid
+        if name in out.params and out.plan.get(name) is not None:
+            assert torch.equal(fake_quantize(out.parameters[name], grid), out.parameters[name])
+
+
+def test_mixed_samples_lie_between_samples(start: hb.QModel) -> None:
+    tune = importlib.import_module("halfbyte.tune")
+    part = importlib.import_module("halfbyte.refinement").Part(
+        start, [n for n in start.graph.nodes if n.op != "output"], EVERYTHING, seed=0
+    )
+    (x,) = samples()[0]
+    judge = tune._Judge(part, (x,), 20, divergent=False, features=True, mix=True)
+    given = judge.env(torch.arange(12))
+    (mixed,) = judge._mixed(given).values()
+    same = [bool(torch.equal(a, b)) for a, b in zip(mixed, x[:12], strict=True)]
+    assert 0 < sum(same) < 12
+    assert float(mixed.min()) >= float(x[:20].min())
+    assert float(mixed.max()) <= float(x[:20].max())
+    assert len(judge.features) >= 1

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ METHODS: dict[str, Callable[[], LayerSolver]] = {"descent": Descent, "adaround":
 # So many samples tell the channels of a network apart, and so many others which of two models is better.
 FEW, HELD_OUT = 64, 32
 _PORTION = 32  # samples run at a time
+# Steps of each block and of the whole network where nothing, and where only the time, is said; the blocks' share of the time.
+_STEPS, _MANY, _FIRST = 300, 20_000, 0.25
 VERSION = 1
 
 
@@ -273,8 +276,7 @@ def _reconstruct(
         if inputs == "float":
             raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
         start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
-        options = Blocks() if not iterations else Blocks(iterations=iterations)
-        return refine(start, c.source, options, seed=c.seed, time_limit=c.time_limit, kept=c.kept, progress=c.progress)
+        return _gradually(start, c, iterations)
     solver = METHODS[method]()
     if iterations:
         if not solver.iterations:
@@ -285,6 +287,22 @@ def _reconstruct(
     return reconstruct(
         m, c.source, solver, inputs=inputs, activations=activations, seed=c.seed, budget=c.memory,
         time_limit=c.time_limit, kept=c.kept, progress=c.progress,
+    )  # fmt: skip
+
+
+def _gradually(m: QModel, c: Context, iterations: int) -> QModel:
+    """Blocks, one after another, then all of the network together; a time limit alone means as many steps as fit."""
+    assert c.source is not None
+    start, limit = time.monotonic(), c.time_limit
+    steps = iterations or (_STEPS if limit is None else _MANY)
+    m = refine(
+        m, c.source, Blocks(iterations=steps), seed=c.seed, time_limit=None if limit is None else _FIRST * limit,
+        kept=c.kept, progress=c.progress,
+    )  # fmt: skip
+    left = None if limit is None else limit - (time.monotonic() - start)
+    return tune(
+        m, c.source, learn=LEARNED, features=True, mix=True, iterations=steps, seed=c.seed, time_limit=left,
+        kept=c.kept, progress=c.progress,
     )  # fmt: skip
 
 
@@ -305,7 +323,7 @@ def _tune_statistics(m: QModel, c: Context) -> QModel:
 def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "error", iterations: int = 0) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("tune", None, "left out: there are no data"))
-    steps = {"iterations": iterations} if iterations else {}  # else as many as tune takes by itself
+    steps: dict[str, Any] = {"iterations": iterations} if iterations else {}  # else as many as tune takes by itself
     return tune(
         m, c.source, learn=LEARNED[: LEARNED.index(learn) + 1], loss=loss, seed=c.seed,
         time_limit=c.time_limit, kept=c.kept, progress=c.progress, **steps,

@@ -6,7 +6,7 @@ do the scales of running values of fewer than eight bits (LSQ, arXiv 1902.08153)
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -119,14 +119,14 @@ class Part(Rounding):
     """Some nodes of a network while they are fitted.
 
     learn: what moves; codes of eight bits and more, powers of two and shared parameters never do. drop: share of running values
-    left unrounded at random while ``dropping``.
+    left unrounded at random while ``training``.
     """
 
     def __init__(
         self, m: QModel, nodes: Sequence[fx.Node], learn: Sequence[Learned], *, seed: int, drop: float = 0.0
     ) -> None:
         super().__init__(m)
-        self.nodes, self.drop, self.dropping = nodes, drop, False
+        self.nodes, self.drop, self.training = nodes, drop, False
         self.freed = last_uses(m.graph)
         on_cpu = all(t.device.type == "cpu" for t in m.params.values())
         self.portion = fitting(nodes) if on_cpu else _ALL  # samples whose gradients are computed at a time
@@ -184,10 +184,15 @@ class Part(Rounding):
         assert form is not None
         scale = grid.scale * self.scales[root].exp() if root in self.scales else grid.scale
         y: Tensor = _LearnedRounding.apply(x, scale, int(grid.zero), form.lo, form.hi)  # type: ignore[no-untyped-call]
-        if self.dropping and self.drop:
+        if self.training and self.drop:
             keep = torch.rand(x.shape, generator=self.generator).to(x.device) < self.drop
             y = torch.where(keep, x, y)
         return y
+
+    def keep(self, nodes: Iterable[fx.Node]) -> None:
+        """Let :meth:`run` return these values, too."""
+        kept = set(nodes)
+        self.freed = {at: [n for n in dead if n not in kept] for at, dead in self.freed.items()}
 
     def run(self, env: Env) -> Env:
         """What later nodes, or nobody, read of what the nodes make of ``env``."""
@@ -331,10 +336,10 @@ def descend(
         at = torch.randint(0, count, (min(batch, count),), generator=part.generator)
         optimizer.zero_grad()
         with torch.enable_grad():
-            part.dropping = True
+            part.training = True
             for some in torch.split(at, part.portion):
                 (loss(some) * (len(some) / len(at))).backward()  # type: ignore[no-untyped-call]
-            part.dropping = False
+            part.training = False
         optimizer.step()
         step += 1
         going = tick(step, steps)

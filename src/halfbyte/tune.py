@@ -10,21 +10,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from halfbyte.blocks import blocks_of
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import is_real, macs, output_values
 from halfbyte.losses import Loss, classifies, divergence, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
-from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend
+from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend, execute
 from halfbyte.run import laid_out, portions, run
 from halfbyte.store import load, save
 
 _PORTION = 16  # samples that run at a time where nothing is learned
 _WARMUP = 0.1  # share of the steps over which the rates rise: the first steps of Adam know only the sign of a gradient
 _CHECKS = 8
+_LAYERS = 3  # of a block, whose end is a feature
+_MIXED = 0.5  # share of the samples that are mixed with others
+_SMALLEST = 1e-12
 _LARGE = 0.15  # of a relative error; steps do not grow with what is worse, for such networks are easily upset
 
 
@@ -34,6 +38,8 @@ def tune(
     *,
     learn: Sequence[Learned] = ("biases",),
     loss: Loss = "error",
+    features: bool = False,
+    mix: bool = False,
     iterations: int = 200,
     batch: int = 16,
     rate: float = 0.01,
@@ -50,7 +56,10 @@ def tune(
     codes of weights of fewer than eight bits. loss: ``error`` is the squared difference of the outputs over their variance in
     float, averaged over outputs, of class scores less their mean over the classes; ``divergence``, as published,
     KL(softmax(float) || softmax(quantized)) of a single output [samples, classes]: it sees only samples that the network is in
-    doubt about, which are few among those that it was trained on. iterations: steps of Adam with ``batch`` samples; gradients
+    doubt about, which are few among those that it was trained on. features: values between blocks, those at the cuts of
+    :func:`refine`, count while learning, their mean relative error as much as the outputs'. mix: half of the samples of a step are
+    mixed with others (arXiv 1710.09412), and the float network says what becomes of them (arXiv 2106.05237), so that few
+    samples last for many steps; of networks with real inputs alone. iterations: steps of Adam with ``batch`` samples; gradients
     of so many are held at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in
     standard deviations of what their layer puts out, as a share of the relative error of the outputs (0.15 at most): what is
     nearly right moves in small steps. time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends
@@ -61,12 +70,13 @@ def tune(
     fit, held = split(data)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
-    store = Kept(kept, "tune", tuple(learn), loss, iterations, batch, rate, scale_rate, seed, fingerprint(m, [samples]))
+    options = (tuple(learn), loss, features, mix, iterations, batch, rate, scale_rate, seed)
+    store = Kept(kept, "tune", *options, fingerprint(m, [samples]))
     known = _resumed(kept, store.identity)
     if known is not None:
         return known
     part = Part(m, [n for n in m.graph.nodes if n.op != "output"], learn, seed=seed)
-    judge = _Judge(part, samples, divergent=loss == "divergence")
+    judge = _Judge(part, samples, count, divergent=loss == "divergence", features=features, mix=mix)
     if "biases" in learn:
         part.free_biases(judge.env(torch.arange(min(count, 4 * _PORTION))))
 
@@ -103,13 +113,19 @@ def _check(m: QModel, learn: Sequence[Learned], loss: Loss, iterations: int, bat
 
 
 class _Judge:
-    """The loss of the network as it is on some of the samples; the float network's outputs are computed once."""
+    """The loss of the network as it is on some of the samples; the float network's outputs are computed once.
 
-    def __init__(self, part: Part, samples: Inputs, *, divergent: bool) -> None:
-        self.part, self.divergent, self.centred = part, divergent, classifies(part.m)
+    While the part is in training, features and mixed samples count, too. count: samples that may be mixed, from the first.
+    """
+
+    def __init__(self, part: Part, samples: Inputs, count: int, *, divergent: bool, features: bool, mix: bool) -> None:
+        self.part, self.count, self.divergent, self.centred = part, count, divergent, classifies(part.m)
         self.name = "divergence" if divergent else "relative error"
         device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
         self.samples = tuple(x.to(device) for x in samples)
+        self.mix = mix and all(x.is_floating_point() for x in samples)
+        self.features = [_end(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
+        part.keep(self.features)
         self.outputs = output_values(part.m.graph)
         self.at = [i for i, n in enumerate(self.outputs) if is_real(n)]  # decisions, such as an index, have no gradient
         with torch.no_grad():
@@ -128,12 +144,41 @@ class _Judge:
 
     def __call__(self, at: Tensor) -> Tensor:
         """The loss over some of the samples."""
-        env = self.part.run(self.env(at))
+        if self.part.training and (self.features or self.mix):
+            return self._training(self._mixed(self.env(at)) if self.mix else self.env(at))
+        return self._loss(self.part.run(self.env(at)), tuple(y[at.to(y.device)] for y in self.wanted))
+
+    def _loss(self, env: Env, wanted: Outputs) -> Tensor:
         found = tuple(env[self.outputs[i]] for i in self.at)
-        wanted = tuple(y[at.to(y.device)] for y in self.wanted)
         if self.divergent:
             return divergence(found, wanted)
         return relative_error(found, wanted, self.signals, centred=self.centred)
+
+    def _mixed(self, env: Env) -> Env:
+        """Half of the samples as they are, the others each mixed with one that may be learned from."""
+        count = len(env[self.part.m.inputs[0]])
+        others = self.env(torch.randint(0, self.count, (count,), generator=self.part.generator))
+        share = torch.rand(count, generator=self.part.generator)
+        share = torch.where(torch.rand(count, generator=self.part.generator) < _MIXED, share, torch.ones(()))
+        return {n: others[n].lerp(x, share.to(x).reshape(-1, *[1] * (x.ndim - 1))) for n, x in env.items()}
+
+    def _training(self, given: Env) -> Tensor:
+        """The loss on samples that the float network sees for the first time, and of the features."""
+        m, part = self.part.m, self.part
+        with torch.no_grad():
+            target = execute(m, part.nodes, given, None, part.freed)
+        found = part.run(given)
+        loss = self._loss(found, tuple(target[self.outputs[i]] for i in self.at))
+        errors = [
+            (found[n] - target[n]).square().mean() / target[n].square().mean().clamp(min=_SMALLEST)
+            for n in self.features
+        ]
+        return loss + torch.stack(errors).mean() if errors else loss
+
+
+def _end(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The value that carries everything on from a block."""
+    return next(n for n in reversed(nodes) if "value" in n.meta)
 
 
 def _entry(learn: Sequence[Learned], judge: _Judge, found: Refined, planned: int) -> LogEntry:
