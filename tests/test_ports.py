@@ -14,7 +14,7 @@ import halfbyte as hb
 import tiny
 from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
-from halfbyte.ports import pixel_grid, pixel_range, takes_pixels
+from halfbyte.ports import pixel_grid
 
 ENGINES = ["onnxruntime", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
 
@@ -119,7 +119,7 @@ def test_a_file_that_takes_pixels_computes_the_same(tmp_path: Path, target: str)
     pixels = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     x = (pixels.float() - 127) / 128
     model = hb.capture(Net().eval(), x[:2])
-    m = takes_pixels(hb.quantize(model, [x], target=target, ranges=pixel_range(model, preprocess)), preprocess)
+    m = hb.quantize(model, [x], target=target, preprocess=preprocess, input_type="uint8")
     p = hb.export_onnx(m, tmp_path / "bytes.onnx", input_type="uint8")
     hb.export_onnx(m, tmp_path / "floats.onnx")
     assert p.proven
@@ -131,6 +131,22 @@ def test_a_file_that_takes_pixels_computes_the_same(tmp_path: Path, target: str)
     assert torch.equal(
         forwards(m, tmp_path / "bytes.onnx")["file"](x), forwards(m, tmp_path / "floats.onnx")["file"](x)
     )
+
+
+def test_pixels_need_to_be_described() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(hb.UsageError, match="what becomes of a pixel"):
+        hb.quantize(hb.capture(Net().eval(), x[:2]), [x], input_type="uint8")
+
+
+def test_a_folder_of_a_file_that_takes_pixels(tmp_path: Path) -> None:
+    preprocess = hb.Preprocess(size=8, mean=127, std=128)
+    x = (torch.randint(0, 256, (8, 3, 8, 8)).float() - 127) / 128
+    m = hb.quantize(hb.capture(Net().eval(), x[:2]), [x], preprocess=preprocess, input_type="uint8")
+    hb.export(m, tmp_path / "out", input_type="uint8", preprocess=preprocess)
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert hb.evaluate(tmp_path / "out", [((x,), torch.zeros(8, dtype=torch.int64))])
 
 
 def test_an_input_in_float_takes_no_pixels(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from halfbyte.output import LAYERS, REPORT, STATE, UNPROVEN, check_output, clear
 from halfbyte.parity import Parity
 from halfbyte.pipeline import choice_of, recipe_for
 from halfbyte.place import place
-from halfbyte.ports import pixel_grid, pixel_range, takes_pixels
+from halfbyte.ports import pixel_grid
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
 from halfbyte.provenance import metadata, note_proof, note_weights
-from halfbyte.quantize import quantize
+from halfbyte.quantize import known_pixels, quantize
 from halfbyte.recipe import Recipe
 from halfbyte.settings import Settings, network_of, parse_ranges
 from halfbyte.shown import Shown
@@ -134,7 +134,7 @@ def quantize_job(
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
     ranges = parse_ranges(settings.ranges)
     if settings.input_type == "uint8":
-        pixel_grid(_preprocess(settings))
+        pixel_grid(known_pixels(preprocess))
     target = find(settings.target, saturates=engine.saturates())
     engines.require(target.engine)
     recipe = chosen_recipe(settings)
@@ -160,7 +160,6 @@ def _quantized(
 ) -> tuple[QModel, Stages]:  # fmt: skip
     """The quantized model: captured and quantized, or as an interrupted run has left it."""
     weight_bits, activation_bits = parse_widths(settings.bits)
-    pixels = settings.input_type == "uint8"
     if m is None:
         if overwrite and out.exists():
             clear(out)
@@ -179,8 +178,9 @@ def _quantized(
                 activation_bits=activation_bits,
                 recipe=None if settings.max_drop is not None else recipe,
                 overrides=settings.overrides,
-                ranges={**(pixel_range(made, _preprocess(settings)) if pixels else {}), **ranges},
+                ranges=ranges,
                 preprocess=preprocess,
+                input_type=settings.input_type,
                 samples=settings.samples,
                 batch=settings.batch,
                 seed=settings.seed,
@@ -193,7 +193,6 @@ def _quantized(
                 progress=progress,
             ),
         )
-        m = takes_pixels(m, _preprocess(settings)) if pixels else m
         save_progress(out, settings, m, stages)
     else:
         stages.rows = list(read_state(out).get("stages", []))
@@ -207,13 +206,6 @@ def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
     )  # fmt: skip
     found = sizes(placed, settings.container)
     return f"weights {found.logical_bytes / 1e6:.3g} MB logical, about {found.file_bytes / 1e6:.3g} MB in the file"
-
-
-def _preprocess(settings: Settings) -> Preprocess:
-    """The pre-processing, where something cannot do without. Raises :class:`UsageError`."""
-    if settings.preprocess is None:
-        raise UsageError("--input uint8 needs to know what becomes of a pixel: give --size, --mean and --std")
-    return Preprocess.from_dict(settings.preprocess)
 
 
 def chosen_recipe(settings: Settings) -> Recipe:

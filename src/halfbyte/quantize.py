@@ -21,6 +21,7 @@ from halfbyte.grids import GridRule
 from halfbyte.model import QModel, Target
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.pipeline import by_recipe, choice_of, load_samples, recipe_for
+from halfbyte.ports import InputType, pixel_range, takes_pixels
 from halfbyte.preprocess import Preprocess
 from halfbyte.provenance import Hashed, note_data, note_weights
 from halfbyte.recipe import Recipe
@@ -54,6 +55,7 @@ def quantize(
     sets: Sequence[str] = (),
     ranges: Mapping[str, tuple[float, float]] | None = None,
     preprocess: Preprocess | None = None,
+    input_type: InputType = "float32",
     uniform: bool = False,
     samples: int = 256,
     batch: int = 32,
@@ -71,7 +73,8 @@ def quantize(
     ``package.module:callable``, a ``.pt2`` file, or the folder of an earlier result, whose float network is quantized again with
     its data and pre-processing unless others are given. checkpoint, trust: how such a network is opened. calibration: a folder of
     pictures, ``.npy``, ``.npz``, ``file.py:callable``, or any iterable of tensors or tuples (one tensor for each input); without
-    (``data_free``) the batch norms stand for data. samples, batch, seed: how much of it, in what portions, chosen how.
+    (``data_free``) the batch norms stand for data. samples, batch, seed: how much of it, in what portions, chosen how. input_type:
+    ``uint8`` makes the input's codes the raw pixels, where ``preprocess`` is a grid of them; give it to :func:`export`, too.
 
     target: engine by name; ``onnxruntime`` means the variant that is exact on this machine's CPU. bits, such as ``"W4A8"``, or
     weight_bits and activation_bits: widths (default: 8); of several, one is chosen for each layer under ``budget``
@@ -104,7 +107,6 @@ def quantize(
     options: dict[str, Any] = {
         "target": target,
         "overrides": {**parse_overrides(tuple(keep_float), tuple(sets)), **(overrides or {})},
-        "ranges": ranges,
         "preprocess": preprocess,
         "uniform": uniform,
         "samples": samples,
@@ -117,9 +119,12 @@ def quantize(
     if max_drop is not None and calibration is not None:
         choice, _ = choice_of(weight_bits, activation_bits, None)
         m = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+        options["ranges"] = _ranges(m, input_type, preprocess, ranges)
         judged = None if validation is None else _validation(m, validation, preprocess, batch)
         options |= {"weight_bits": choice.weights[0], "activation_bits": choice.activations[0]}
-        return search(m, calibration, max_drop=max_drop, validation=judged, **options).model
+        return _taking(
+            search(m, calibration, max_drop=max_drop, validation=judged, **options).model, input_type, preprocess
+        )
     followed = recipe_for(
         recipe,
         data=calibration is not None,
@@ -132,6 +137,7 @@ def quantize(
         time_limit=limit,
     )
     m = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+    options["ranges"] = _ranges(m, input_type, preprocess, ranges)
     opened = None
     if calibration is not None:
         opened = Hashed(load_samples(m, calibration, preprocess=preprocess, samples=samples, batch=batch, seed=seed))
@@ -147,7 +153,28 @@ def quantize(
         weights=None if isinstance(weight_range, str) else weight_range,
         **options,
     )
-    return note_data(m, opened)
+    return _taking(note_data(m, opened), input_type, preprocess)
+
+
+def _ranges(
+    m: QModel,
+    input_type: InputType,
+    preprocess: Preprocess | None,
+    ranges: Mapping[str, tuple[float, float]] | None,
+) -> Mapping[str, tuple[float, float]] | None:
+    """Ranges by hand, with that of the input where it is to take pixels. Raises :class:`UsageError`."""
+    return ranges if input_type == "float32" else {**pixel_range(m, known_pixels(preprocess)), **(ranges or {})}
+
+
+def _taking(m: QModel, input_type: InputType, preprocess: Preprocess | None) -> QModel:
+    return m if input_type == "float32" else takes_pixels(m, known_pixels(preprocess))
+
+
+def known_pixels(preprocess: Preprocess | None) -> Preprocess:
+    """The pre-processing, where something cannot do without. Raises :class:`UsageError`."""
+    if preprocess is None:
+        raise UsageError("--input uint8 needs to know what becomes of a pixel: give --size, --mean and --std")
+    return preprocess
 
 
 def _widths(

@@ -15,6 +15,7 @@ from halfbyte.job import Exported, Stages, finish, save_progress
 from halfbyte.model import LogEntry, QModel, Target
 from halfbyte.ops import kind
 from halfbyte.output import Result, check_output, clear, open_output
+from halfbyte.ports import InputType
 from halfbyte.preprocess import Preprocess
 from halfbyte.settings import Settings, earlier_settings
 from halfbyte.targets import find
@@ -29,6 +30,7 @@ def export(
     static_batch: int | None = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
+    input_type: InputType | None = None,
     encodings: bool = False,
     preprocess: Preprocess | None = None,
     overwrite: bool = False,
@@ -38,14 +40,14 @@ def export(
 
     source: a model that :func:`quantize` returned; or an output folder, to write its integers once more: nothing is calibrated
     again. output: the folder for the result. target: another one that runs the same integers. container: how weights of 4 and
-    fewer bits are stored, ``packed`` or ``int8``. static_batch, input_names, output_names: of the file. encodings: AIMET's, too.
-    preprocess: what a model's samples went through, so that ``evaluate`` does the same. What is not given is as before, or as
-    :func:`export_onnx` does it. Raises :class:`UsageError` where the target would run other integers or the output exists,
-    :class:`ParityError` where the file is not proven.
+    fewer bits are stored, ``packed`` or ``int8``. static_batch, input_names, output_names, input_type: of the file. encodings:
+    AIMET's, too. preprocess: what a model's samples went through, so that ``evaluate`` does the same. What is not given is as
+    before, or as :func:`export_onnx` does it. Raises :class:`UsageError` where the target would run other integers or the
+    output exists, :class:`ParityError` where the file is not proven.
     """
     out = Path(output)
     given = {"target": target, "container": container, "static_batch": static_batch, "encodings": encodings,
-             "input_names": tuple(input_names), "output_names": tuple(output_names),
+             "input_names": tuple(input_names), "output_names": tuple(output_names), "input_type": input_type,
              "preprocess": None if preprocess is None else preprocess.to_dict()}  # fmt: skip
     if isinstance(source, QModel):
         m, settings, command, recipe = source, _settings_of(source), "", {}
