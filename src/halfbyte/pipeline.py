@@ -19,8 +19,9 @@ from halfbyte.mixed import Widths, widths
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
-from halfbyte.recipe import Context, Recipe, check, follow, load_recipe
+from halfbyte.recipe import Recipe, check, follow, load_recipe
 from halfbyte.run import run
+from halfbyte.steps import Context
 from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 

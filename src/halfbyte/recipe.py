@@ -2,52 +2,20 @@
 
 import difflib
 import inspect
-import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import torch
-
-from halfbyte.blocks import Blocks, refine
-from halfbyte.budgets import Budget
-from halfbyte.calibrate import Progress, calibrate
-from halfbyte.correct import correct_bias
-from halfbyte.data import Samples
-from halfbyte.descent import Descent
+from halfbyte.calibrate import calibrate
 from halfbyte.errors import UsageError
-from halfbyte.formats import Bits
-from halfbyte.grids import RULES, GridRule
-from halfbyte.local import LayerSolver
-from halfbyte.losses import Loss, noise_to_signal
-from halfbyte.methods.adaquant import AdaQuant
-from halfbyte.methods.adaround import AdaRound
-from halfbyte.mixed import Choosing, Tradeoff, Widths, chosen, prepared, swept
-from halfbyte.model import Inputs, LogEntry, QModel, Target
-from halfbyte.overrides import Overrides
-from halfbyte.place import place
-from halfbyte.reconstruct import reconstruct
-from halfbyte.refine_ranges import refine_ranges
-from halfbyte.refinement import LEARNED, Learned
-from halfbyte.transforms.absorb_bias import absorb_bias
-from halfbyte.transforms.equalize import equalize
-from halfbyte.transforms.fold_batchnorm import fold_batchnorm
-from halfbyte.transforms.split_tensor import split_tensor
-from halfbyte.tune import tune
-from halfbyte.tune_statistics import tune_statistics
+from halfbyte.losses import noise_to_signal
+from halfbyte.mixed import Tradeoff, swept
+from halfbyte.model import LogEntry, QModel
+from halfbyte.steps import PYTHON_NAMES, STEPS, Context, candidates, place_step
 
-Range = Literal["mse", "min-max", "percentile"]
-From = Literal["auto", "data", "moments"]
-Method = Literal["nearest", "descent", "adaround", "adaquant", "blocks"]
-METHODS: dict[str, Callable[[], LayerSolver]] = {"descent": Descent, "adaround": AdaRound, "adaquant": AdaQuant}
-# So many samples tell the channels of a network apart, and so many others which of two models is better.
-FEW, HELD_OUT = 64, 32
-_PORTION = 32  # samples run at a time
-# Steps of each block and of the whole network where nothing, and where only the time, is said; the blocks' share of the time.
-_STEPS, _MANY, _FIRST = 300, 20_000, 0.25
 VERSION = 1
 
 
@@ -79,273 +47,17 @@ class Recipe:
         return any(s["step"] == step for s in self.steps)
 
 
-@dataclass(frozen=True)
-class Context:
-    """What steps need to know besides the model."""
-
-    source: Samples | None
-    target: Target
-    weight_bits: int
-    activation_bits: int
-    overrides: Overrides
-    ranges: Mapping[str, tuple[float, float]]
-    progress: Progress
-    activations: GridRule | None = None  # rules given as objects go before the recipe's
-    weights: GridRule | None = None
-    uniform: bool = False
-    seed: int = 0
-    kept: Path | None = None  # where solved layers are kept, so that an interrupted run can go on
-    time_limit: float | None = None  # seconds for learned methods
-    memory: int | None = None  # bytes of running values to hold at once
-    widths: Widths | None = None  # to choose among; weight_bits and activation_bits are then the narrowest
-    budget: Budget | None = None  # what the choice may cost
-    choosing: Widths | None = None  # one width of these is at work
-
-    def at(self, pair: Bits) -> "Context":
-        """The same for one of the widths alone."""
-        kept = None if self.kept is None else self.kept / str(pair)
-        w, a = pair.weights, pair.activations
-        return replace(self, weight_bits=w, activation_bits=a, widths=None, choosing=self.widths, kept=kept)
-
-    def few(self) -> list[Inputs]:
-        """Some samples for steps that need only channel statistics, none of them held out."""
-        return [] if self.source is None else _taken(iter(self.source), FEW, skip=HELD_OUT)
-
-    def lazily(self) -> Iterator[Inputs]:
-        """The same, read only if somebody wants them."""
-        yield from self.few()
-
-    def held_out(self) -> list[Inputs]:
-        """Samples that decide between two models."""
-        return [] if self.source is None else _taken(iter(self.source), HELD_OUT)
-
-
-def _taken(batches: Iterable[Inputs], count: int, skip: int = 0) -> list[Inputs]:
-    """The samples from ``skip`` on, ``count`` of them if there are; of a small set, all of them."""
-    found: list[Inputs] = []
-    for batch in batches:
-        found.append(batch)
-        if sum(len(b[0]) for b in found) >= count + skip:
-            break
-    joined = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    if skip and len(joined[0]) > 2 * skip:
-        joined = tuple(t[skip:] for t in joined)
-    joined = tuple(t[:count] for t in joined)
-    return [tuple(t[i : i + _PORTION] for t in joined) for i in range(0, len(joined[0]), _PORTION)]
-
-
-def _equalize(
-    m: QModel,
-    c: Context,
-    *,
-    method: Literal["noise", "weights"] = "noise",
-    ranges: Literal["symmetric", "asymmetric"] = "symmetric",
-) -> QModel:
-    wide = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
-    few = None if c.source is None else c.lazily()
-    return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, **wide)
-
-
-def _absorb(m: QModel, c: Context) -> QModel:
-    return absorb_bias(m, None if m.moments else c.few() or None)
-
-
-def _place(m: QModel, c: Context) -> QModel:
-    mixed = c.choosing is not None and len(c.choosing.activations) > 1
-    return place(
-        m,
-        c.target,
-        weight_bits=c.weight_bits,
-        activation_bits=c.activation_bits,
-        overrides=c.overrides,
-        uniform=c.uniform,
-        narrow=mixed and not c.uniform,
-    )
-
-
-def _calibrate(
-    m: QModel,
-    c: Context,
-    *,
-    weights: Range = "mse",
-    activations: Range = "mse",
-    logits: Literal["same", "cross-entropy"] = "same",
-    source: From = "auto",
-    correct: bool = True,
-) -> QModel:
-    data = None if source == "moments" else c.source
-    if source == "data" and data is None:
-        raise UsageError('this recipe calibrates from = "data": give --calibration')
-    rule = RULES[activations] if data is not None or activations != "mse" else RULES["min-max"]
-    return calibrate(
-        m,
-        data,
-        activations=c.activations or rule,
-        weights=c.weights or RULES[weights],
-        overrides={
-            n: r for n, r in c.ranges.items() if m.plan.get(n) is not None or n not in {str(i.target) for i in m.inputs}
-        },
-        logits=logits,
-        correct=correct,
-        progress=c.progress,
-    )
-
-
-def _allocate(
-    m: QModel,
-    c: Context,
-    *,
-    method: Literal["nearest", "descent", "adaquant"] = "nearest",
-    metric: Literal["auto", "outputs", "divergence", "noise", "second-order"] = "auto",
-    weights: Range = "mse",
-    activations: Range = "mse",
-    logits: Literal["same", "cross-entropy"] = "same",
-    source: From = "auto",
-    correct: bool = True,
-) -> QModel:
-    """Place and calibrate; where there are several widths, once for each, and the integer programme chooses."""
-    ranges = {"weights": weights, "activations": activations, "logits": logits, "source": source, "correct": correct}
-    if c.widths is None or c.budget is None or not c.widths.several:
-        return _calibrate(_place(m, c), c, **ranges)  # type: ignore[arg-type]
-    found = _candidates(m, c, method, metric, ranges)
-    return chosen(found, c.budget, c.held_out(), seed=c.seed)
-
-
-def _candidates(m: QModel, c: Context, method: str, metric: str, ranges: Mapping[str, Any]) -> Choosing:
-    """A finished model for each pair of widths, and what every unit loses and costs at each."""
-    if c.source is None or c.widths is None:
-        raise UsageError("widths are chosen by what the layers lose on data: give --calibration")
-
-    def make(pair: Bits) -> QModel:
-        own = c.at(pair)
-        candidate = _calibrate(_place(m, own), own, **ranges)
-        if method == "nearest":
-            return candidate
-        return _reconstruct(candidate, own, method=method, inputs="float")  # type: ignore[arg-type]
-
-    if metric == "auto":  # a bound in points is about decisions; noise at the outputs tells more on few samples
-        metric = "divergence" if c.budget is not None and c.budget.drop is not None else "outputs"
-    timed = c.budget is not None and c.budget.latency is not None
-    return prepared(make, c.widths, c.lazily(), metric=metric, timed=timed, progress=c.progress)  # type: ignore[arg-type]
-
-
 def front_of(
     recipe: Recipe, m: QModel, c: Context, *, name: str = "", by: str = "logical_size", points: int = 10
 ) -> Tradeoff:
     """The front of sizes and losses over ``c.widths``, after the steps of the recipe that stand before the choice."""
     for step in _choosing(recipe):
-        options = {_PYTHON.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
+        options = {PYTHON_NAMES.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
         if step["step"] == "allocate":
             method, metric = options.pop("method", "nearest"), options.pop("metric", "auto")
-            return swept(_candidates(m, c, method, metric, options), c.held_out(), name=name, by=by, points=points)
+            return swept(candidates(m, c, method, metric, options), c.held_out(), name=name, by=by, points=points)
         m = STEPS[step["step"]](m, c, **options)
     raise UsageError(f"recipe '{recipe.name}' places nothing: it needs the steps place and calibrate, or allocate")
-
-
-def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
-    if source == "data" and c.source is None:
-        raise UsageError('this recipe corrects biases from = "data": give --calibration')
-    data = None if source == "moments" else c.few() or None
-    return correct_bias(m, data, ranges=c.ranges)
-
-
-def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.0) -> QModel:
-    if c.source is None:
-        return m.logged(LogEntry("split_tensor", None, "left out: there are no data"))
-    return split_tensor(m, c.few(), share=share, activations=activations)
-
-
-def _reconstruct(
-    m: QModel,
-    c: Context,
-    *,
-    method: Method = "descent",
-    iterations: int = 0,
-    inputs: Literal["quantized", "float"] = "quantized",
-    activations: bool = True,
-) -> QModel:
-    if c.source is None:
-        return m.logged(LogEntry("reconstruct", None, "left out: there are no data"))
-    if method == "nearest":
-        if iterations:
-            raise UsageError(
-                "method 'nearest' takes no iterations: leave them out, or choose adaround, adaquant or blocks"
-            )
-        return m.logged(LogEntry("reconstruct", None, "left out: weights are rounded to the nearest code"))
-    if method == "blocks":
-        if inputs == "float":
-            raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
-        start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
-        return _gradually(start, c, iterations)
-    solver = METHODS[method]()
-    if iterations:
-        if not solver.iterations:
-            raise UsageError(
-                f"method '{method}' takes no iterations: leave them out, or choose adaround, adaquant or blocks"
-            )
-        solver = replace(solver, iterations=iterations)  # type: ignore[type-var]
-    return reconstruct(
-        m, c.source, solver, inputs=inputs, activations=activations, seed=c.seed, budget=c.memory,
-        time_limit=c.time_limit, kept=c.kept, progress=c.progress,
-    )  # fmt: skip
-
-
-def _gradually(m: QModel, c: Context, iterations: int) -> QModel:
-    """Blocks, one after another, then all of the network together; a time limit alone means as many steps as fit."""
-    assert c.source is not None
-    start, limit = time.monotonic(), c.time_limit
-    steps = iterations or (_STEPS if limit is None else _MANY)
-    m = refine(
-        m, c.source, Blocks(iterations=steps), seed=c.seed, time_limit=None if limit is None else _FIRST * limit,
-        kept=c.kept, progress=c.progress,
-    )  # fmt: skip
-    left = None if limit is None else limit - (time.monotonic() - start)
-    return tune(
-        m, c.source, learn=LEARNED, features=True, mix=True, iterations=steps, seed=c.seed, time_limit=left,
-        kept=c.kept, progress=c.progress,
-    )  # fmt: skip
-
-
-def _refine_ranges(m: QModel, c: Context, *, widest: int = 8) -> QModel:
-    if c.source is None:
-        return m.logged(LogEntry("refine_ranges", None, "left out: there are no data"))
-    if c.activations is not None:
-        return m.logged(LogEntry("refine_ranges", None, f"left out: the rule '{c.activations.name}' was asked for"))
-    return refine_ranges(m, c.few(), widest=widest, fixed=c.ranges, seed=c.seed, progress=c.progress)
-
-
-def _tune_statistics(m: QModel, c: Context) -> QModel:
-    if c.source is None:
-        return m.logged(LogEntry("tune_statistics", None, "left out: there are no data"))
-    return tune_statistics(m, c.few(), budget=c.memory, progress=c.progress)
-
-
-def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "error", iterations: int = 0) -> QModel:
-    if c.source is None:
-        return m.logged(LogEntry("tune", None, "left out: there are no data"))
-    steps: dict[str, Any] = {"iterations": iterations} if iterations else {}  # else as many as tune takes by itself
-    return tune(
-        m, c.source, learn=LEARNED[: LEARNED.index(learn) + 1], loss=loss, seed=c.seed,
-        time_limit=c.time_limit, kept=c.kept, progress=c.progress, **steps,
-    )  # fmt: skip
-
-
-Step = Callable[..., QModel]
-STEPS: dict[str, Step] = {
-    "fold_batchnorm": lambda m, c: fold_batchnorm(m),
-    "equalize": _equalize,
-    "absorb_bias": _absorb,
-    "place": _place,
-    "calibrate": _calibrate,
-    "allocate": _allocate,
-    "refine_ranges": _refine_ranges,
-    "split_tensor": _split,
-    "correct_bias": _correct,
-    "reconstruct": _reconstruct,
-    "tune_statistics": _tune_statistics,
-    "tune": _tune,
-}
-_PYTHON = {"from": "source"}  # a word that TOML has and Python keeps for itself
 
 
 def names() -> list[str]:
@@ -407,7 +119,7 @@ def _check_keys(values: Mapping[str, Any], valid: list[str], where: str) -> None
 def _options(name: str) -> dict[str, inspect.Parameter]:
     """The options of a step as its TOML has them."""
     parameters = inspect.signature(STEPS[name]).parameters.values()
-    python = {v: k for k, v in _PYTHON.items()}
+    python = {v: k for k, v in PYTHON_NAMES.items()}
     return {python.get(p.name, p.name): p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
@@ -446,7 +158,7 @@ def follow(recipe: Recipe, m: QModel, c: Context) -> QModel:
     for step in recipe.steps if c.widths is None else _choosing(recipe):
         name = step["step"]
         placed = placed or name in ("place", "allocate")
-        options = {_PYTHON.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
+        options = {PYTHON_NAMES.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
         after = STEPS[name](m, c, **options)
         m = _guarded(name, m, after, c, placed) if step.get("guard") and c.source is not None else after
     if not m.grids:
@@ -482,4 +194,4 @@ def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool)
 
 def _finished(m: QModel, c: Context) -> QModel:
     """A quick quantization, to judge float transforms by."""
-    return calibrate(_place(m, c), c.few(), overrides={})
+    return calibrate(place_step(m, c), c.few(), overrides={})

@@ -82,7 +82,7 @@ class _LearnedRounding(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: int, lo: int, hi: int) -> Tensor:
         y = (x / scale).round_().clamp_(lo - zero, hi - zero).mul_(scale)
         ctx.ends = ((lo - zero - 0.5) * float(scale), (hi - zero + 0.5) * float(scale))
-        ctx.save_for_backward(x, y, scale)
+        ctx.save_for_backward(x.clone() if x.is_inference() else x, y, scale)  # those of inference mode may not be saved
         return y
 
     @staticmethod
