@@ -81,17 +81,18 @@ class _LearnedRounding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: int, lo: int, hi: int) -> Tensor:
         y = (x / scale).round_().clamp_(lo - zero, hi - zero).mul_(scale)
-        ctx.ends = ((lo - zero - 0.5) * float(scale), (hi - zero + 0.5) * float(scale))
-        ctx.save_for_backward(x.clone() if x.is_inference() else x, y, scale)  # those of inference mode may not be saved
+        ctx.scale = float(scale)
+        ctx.ends = ((lo - zero - 0.5) * ctx.scale, (hi - zero + 0.5) * ctx.scale)
+        ctx.save_for_backward(x.clone() if x.is_inference() else x, y)  # those of inference mode may not be saved
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, y, scale = ctx.saved_tensors
+        x, y = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.ends)
         step = None
         if ctx.needs_input_grad[1]:  # the codes, less x / scale where it lies inside
-            step = ((grads[0] * y).sum() - (inside * x).sum()) / scale
+            step = ((grads[0] * y).sum() - (inside * x).sum()) / ctx.scale
         return inside, step, None, None, None
 
 
