@@ -21,7 +21,7 @@ from halfbyte.affine import Grid, fake_quantize, power_of_two
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
-from halfbyte.second_moments import Accumulator, SecondMoments, gathered
+from halfbyte.second_moments import Accumulator, SecondMoments, gathered, portions
 
 _BLOCK = 64  # columns between two updates of all other columns
 _LEAST_ROWS = 8192
@@ -59,7 +59,7 @@ class Descent:
         parts = blocks(layer, w).flatten(2)  # [groups, outputs, inputs and taps]
         wanted = max(_LEAST_ROWS, int(self.rows * parts.shape[2]))
         sums = Accumulator()
-        for patches in gathered(layer, p.inputs, p.targets, wanted, p.generator()):
+        for patches in portions(gathered(layer, p.inputs, p.targets, wanted, p.generator())):
             sums.add(patches)
         moments = sums.moments(centred=p.bias is not None)
         damping, best = self._damped(p, moments, parts)

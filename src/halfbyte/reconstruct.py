@@ -26,7 +26,7 @@ from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
 from halfbyte.run import portions
-from halfbyte.second_moments import Patches, gathered
+from halfbyte.second_moments import Patches, gathered, joined
 from halfbyte.walk import Frontier, read_alone, walk
 
 _HELD_OUT = 8  # one sample of so many decides, the others fit
@@ -77,7 +77,7 @@ def reconstruct(
 
             def held_out(grid: Grid | None) -> Patches:
                 seen = x[len(fit) :] if grid is None else [fake_quantize(t, grid) for t in x[len(fit) :]]
-                return _joined(gathered(layer, seen, y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer])))
+                return joined(gathered(layer, seen, y[len(fit) :], _HELD_OUT_ROWS, _generator(seed, order[layer])))
 
             read = x[: len(fit)] if grid is None else [fake_quantize(t, grid) for t in x[: len(fit)]]
             full = now if activations else replace(now, grids={**m.grids, **now.grids})
@@ -136,10 +136,6 @@ def split(data: Iterable[Inputs], share: int = _HELD_OUT) -> tuple[list[Inputs],
         few = max(1, len(fit) // share)
         fit, held = (fit[:-few], fit[-few:]) if len(fit) > few else (fit, fit)
     return fit, [tuple(torch.cat(parts) for parts in zip(*held, strict=True))]
-
-
-def _joined(parts: list[Patches]) -> Patches:
-    return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
 
 
 def why_not(m: QModel, layer: fx.Node) -> str:

@@ -6,7 +6,7 @@ some positions of every sample: a few times as many as the layer has inputs tell
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,3 +160,20 @@ def gathered(
         sampled_patches(layer, x, y, math.ceil(share * n), generator)
         for x, y, n in zip(inputs, outputs, held, strict=True)
     ]
+
+
+def joined(parts: Sequence[Patches]) -> Patches:
+    """The rows of several."""
+    return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
+
+
+def portions(parts: Iterable[Patches], rows: int = 4096) -> Iterator[Patches]:
+    """The same rows, so many at a time: a product with few rows costs little more than the matrix that it is added to."""
+    waiting: list[Patches] = []
+    for part in parts:
+        waiting.append(part)
+        if sum(p.inputs.shape[1] for p in waiting) >= rows:
+            yield joined(waiting)
+            waiting = []
+    if waiting:
+        yield joined(waiting)
