@@ -5,11 +5,16 @@ from typing import Literal
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import halfbyte as hb
+from halfbyte import chains
 from halfbyte.evaluate import signal_to_noise
-from halfbyte.targets import GENERIC
+from halfbyte.graph import weight_of
+from halfbyte.losses import noise_to_signal
+from halfbyte.model import value_name
+from halfbyte.run import run, simulate
+from halfbyte.targets import GENERIC, ONNXRUNTIME, ONNXRUNTIME_PER_TENSOR
 from halfbyte.transforms.equalize import pairs
 
 
@@ -420,3 +425,83 @@ def test_both_come_before_placement() -> None:
         hb.equalize(placed)
     with pytest.raises(hb.UsageError, match="before place"):
         hb.absorb_bias(placed)
+
+
+class Residual(nn.Module):
+    """A stage: three layers write to one sum, which two layers, a pooled linear layer and the next sum read."""
+
+    def __init__(self, open_end: bool = False) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
+        self.c, self.skip, self.head = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 1), nn.Linear(6 * 9, 5)
+        self.open_end = open_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.relu(self.a(torch.relu(x)) + self.skip(torch.relu(x)))
+        z = nn.functional.relu6(y + self.c(torch.relu(self.b(y))))
+        return z if self.open_end else self.head(nn.functional.max_pool2d(z, 2).flatten(1))
+
+
+def spread(net: nn.Module) -> hb.QModel:
+    """A network whose channels differ widely."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(3 * torch.logspace(-1, 1, len(p)).reshape(-1, *[1] * (p.ndim - 1)))
+    return hb.capture(net.eval(), torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_sums_are_equalized_with_all_that_writes_and_reads_them(per_channel: bool) -> None:
+    m, x = spread(Residual()), torch.randn(32, 3, 8, 8)
+    found = chains.streams(m.graph, chains.pairs(m.graph)[0])
+    names = [({value_name(w) for w in s.writers}, {value_name(r) for r, _ in s.readers}) for s in found]
+    assert ({"a", "skip", "c"}, {"b", "head"}) in names
+    assert ({"stem"}, {"a", "skip"}) in names
+    e = hb.equalize(m, [(x,)], per_channel=per_channel, weight_bits=4, activation_bits=4)
+    assert sum("layers that write" in entry.message for entry in e.log) == 2
+    (before,), (after,) = run(m, (x,)), run(e, (x,))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    name = str(weight_of(found[0].writers[0]).target)  # type: ignore[union-attr]
+    assert not torch.equal(e.params[name], m.params[name])
+
+    def noise(v: hb.QModel) -> float:
+        target = ONNXRUNTIME if per_channel else ONNXRUNTIME_PER_TENSOR
+        q = hb.calibrate(hb.place(v, target, weight_bits=4, activation_bits=4), [(x,)])
+        return noise_to_signal(q, [(x,)], m.as_float())
+
+    assert noise(e) < noise(m)
+
+
+def test_sums_that_leave_the_network_or_meet_its_input_stay() -> None:
+    m = spread(Residual(open_end=True))
+    found = chains.streams(m.graph, chains.pairs(m.graph)[0])
+    assert [{value_name(w) for w in s.writers} for s in found] == [{"stem"}]
+
+    class Meets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) + x
+            return self.b(y) + self.c(y).flip(1)
+
+    m = hb.capture(Meets().eval(), torch.zeros(2, 3, 4, 4))
+    assert chains.streams(m.graph, chains.pairs(m.graph)[0]) == []
+
+
+def test_limits_of_channels_end_where_pictures_are_flattened() -> None:
+    """A flattened value lies within the limits of the channels it carries, but has no channels of its own."""
+    torch.manual_seed(0)
+    net = block(nn.Conv2d(3, 6, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 5))
+    with torch.no_grad():
+        for p in net[0].parameters():
+            p.mul_(torch.logspace(-1, 1, 6).reshape(-1, *[1] * (p.ndim - 1)))
+    x = torch.randn(64, 3, 8, 8)
+    q = hb.quantize(net, x, target=ONNXRUNTIME_PER_TENSOR)
+    (simulated,) = run(q, (x,), simulate(q))
+    (exact,) = hb.predict(q, (x,))
+    assert simulated.shape == exact.shape == (64, 5)
+    assert float((simulated - exact).abs().max()) < 0.02 * float(exact.abs().max())

@@ -1,6 +1,8 @@
 """A saved model comes back as it was, and a damaged one is refused in words."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,11 @@ def test_damaged_tensors(saved: Path, tmp_path: Path) -> None:
         hb.load(tmp_path)
     with pytest.raises(StoreError, match="not a checkpoint"):
         hb.load(tmp_path / "gone")
+
+
+def test_a_model_loads_where_nothing_else_has_run(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+    hb.save(hb.capture(net.eval(), torch.zeros(2, 3, 8, 8)), tmp_path / "model")
+    code = f"import halfbyte as hb; print(len(hb.load({str(tmp_path / 'model')!r}).params))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr

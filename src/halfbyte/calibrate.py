@@ -297,8 +297,10 @@ def _clamped(m: QModel, grids: Mapping[str, Grid]) -> dict[str, Grid]:
         )
         if bounds is not None:
             found[name] = limited(source or grid, *bounds)
-        elif source is not None:  # moves codes that were clamped before
-            found[name] = source
+        elif (
+            source is not None
+        ):  # moves codes that were clamped before, maybe to where no dimension is that of channels
+            found[name] = replace(source, lo=source.lo.min(), hi=source.hi.max())
     return found
 
 

@@ -1,7 +1,8 @@
 """Pairs of layers between which a channel can be scaled or shifted: what lies between them, and which channel becomes which.
 
 Legality is decided on the graph (arXiv 1906.04721, section 4.1.2): one reader each, no addition or concatenation between, not
-an output of the network, no shared weight. Chains of any length are pairs that share a layer.
+an output of the network, no shared weight. Chains of any length are pairs that share a layer. Streams are what pairs leave out: sums
+and values of several readers, whose writers and readers share the factors.
 """
 
 from dataclasses import dataclass
@@ -45,6 +46,29 @@ class Pair:
         """The largest of the numbers of those inputs of ``second`` that carry the same channel, [channels of ``first``]."""
         found = torch.zeros(outputs(self.first), dtype=per_input.dtype, device=per_input.device)
         return found.scatter_reduce(0, self.source.to(per_input.device), per_input, "amax", include_self=False)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Layers that write to one sum, or to a value of several readers, and those that read it: one factor for each channel.
+
+    readers: each with the channel that each of its inputs carries, int64. clamps: operations with limits between, with the channel
+    that each element carries.
+    """
+
+    writers: tuple[fx.Node, ...]
+    readers: tuple[tuple[fx.Node, Tensor], ...]
+    clamps: tuple[tuple[fx.Node, Tensor], ...]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return outputs(self.writers[0])
+
+    @property
+    def layers(self) -> tuple[fx.Node, ...]:
+        """All that write or read."""
+        return *self.writers, *(r for r, _ in self.readers)
 
 
 def outputs(layer: fx.Node) -> int:
@@ -91,6 +115,88 @@ def _partner(layer: fx.Node, every: set[fx.Node]) -> Pair | str:
         channels = followed
         between.append((reader, _narrowed(channels)))
         node = reader
+
+
+class _Found:
+    """A stream on the way: what it is made of, and why it cannot be scaled, if so."""
+
+    def __init__(self) -> None:
+        self.writers: list[fx.Node] = []
+        self.readers: list[tuple[fx.Node, Tensor]] = []
+        self.clamps: list[tuple[fx.Node, Tensor]] = []
+        self.sums = 0
+        self.reason = ""
+
+    def take(self, other: "_Found") -> None:
+        """Become one with another."""
+        self.writers += other.writers
+        self.readers += other.readers
+        self.clamps += other.clamps
+        self.sums += other.sums
+        self.reason = self.reason or other.reason
+
+
+def streams(graph: fx.Graph, paired: list[Pair]) -> list[Stream]:
+    """Where sums, or values of several readers, lie between layers; in graph order. paired: what is scaled already."""
+    every, firsts = set(layers(graph)), {p.first for p in paired}
+    at: dict[fx.Node, tuple[_Found, Tensor]] = {}
+    found: list[_Found] = []
+    for node in graph.nodes:
+        given = [n for n in node.all_input_nodes if n in at]
+        if node.op == "output":
+            for n in given:
+                at[n][0].reason = "it is an output"
+            continue
+        if node in every:
+            _read(node, at)
+            if node not in firsts:
+                found.append(_Found())
+                found[-1].writers.append(node)
+                at[node] = found[-1], _channels(node)
+                if any(p is not None and len(p.users) > 1 for p in (weight_of(node), bias_of(node))):
+                    found[-1].reason = "its parameters are shared"
+        elif kind(node) is Kind.ADD and len(given) == len(node.all_input_nodes) == 2:
+            _summed(node, given, at, found)
+        elif given and kind(node) is not Kind.SHAPE:
+            stream, channels = at[given[0]]
+            followed = _followed(channels, given[0], node) if len(given) == 1 else "several values meet"
+            if isinstance(followed, str):
+                for n in given:
+                    at[n][0].reason = followed
+                continue
+            at[node] = stream, followed
+            if kind(node) is Kind.CLAMP:
+                stream.clamps.append((node, _narrowed(followed)))
+    whole = [f for f in found if not f.reason and f.writers and (f.sums or len(f.readers) > 1) and f.readers]
+    return [Stream(tuple(f.writers), tuple(f.readers), tuple(f.clamps)) for f in whole]
+
+
+def _read(layer: fx.Node, at: dict[fx.Node, tuple[_Found, Tensor]]) -> None:
+    """Note a layer as a reader of what it reads."""
+    for n in layer.all_input_nodes:
+        if n not in at:
+            continue
+        stream, channels = at[n]
+        checked = _checked(layer, [], layer, channels) if layer.args[0] is n else "a weight is computed"
+        if isinstance(checked, str):
+            stream.reason = checked
+        else:
+            stream.readers.append((layer, checked.source))
+
+
+def _summed(node: fx.Node, given: list[fx.Node], at: dict[fx.Node, tuple[_Found, Tensor]], found: list[_Found]) -> None:
+    """Two streams that are added are one."""
+    (a, channels), (b, others) = at[given[0]], at[given[1]]
+    if channels.shape != others.shape or not torch.equal(channels, others):
+        a.reason = b.reason = "its channels meet others"
+    if a is not b:
+        a.take(b)
+        found.remove(b)
+        for n, (stream, carried) in at.items():
+            if stream is b:
+                at[n] = a, carried
+    a.sums += 1
+    at[node] = a, channels
 
 
 def _narrowed(channels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
+import halfbyte.ops  # noqa: F401 - registers the operations that graphs name
 from halfbyte.affine import Grid
 from halfbyte.errors import StoreError
 from halfbyte.formats import Format

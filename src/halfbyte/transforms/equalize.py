@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from halfbyte.chains import Pair, outputs, pairs
+from halfbyte.chains import Pair, Stream, outputs, pairs, streams
 from halfbyte.errors import UsageError
 from halfbyte.graph import (
     bias_of,
@@ -64,15 +64,18 @@ def equalize(
     per_channel, weight_bits, activation_bits: what the method *noise* expects of the quantization that follows. ranges: what the
     method *weights* takes for a range, the largest magnitude or the distance from the least to the largest. Every pair, and why
     the other layers have none, is logged. Limits of clamps such as ReLU6 are scaled with their channels, so the float outputs
-    stay. Raises :class:`UsageError` for a model that is placed already.
+    stay. The method *noise* equalizes sums, too, and values of several readers: between all that write and all that read them.
+    Raises :class:`UsageError` for a model that is placed already.
     """
     if m.plan:
         raise UsageError("equalize changes float weights: call it before place")
     found, log = pairs(m.graph)
+    sums: list[Stream] = []
     if method == "weights":
         factors = _for_weights(m, found, ranges)
     else:
-        factors, notes = _for_noise(m, found, data, per_channel, (weight_bits, activation_bits))
+        sums = streams(m.graph, found)
+        factors, notes = _for_noise(m, (found, sums), data, per_channel, (weight_bits, activation_bits))
         log += notes
     for pair in found:
         name = value_name(pair.first)
@@ -83,7 +86,13 @@ def equalize(
             text = f"{int((s != 1).sum())} of {len(s)} channels scaled by {float(s.min()):.3g} to {float(s.max()):.3g}"
             text += f" for {value_name(pair.second)} ({method})"
         log.append(LogEntry("equalize", name, text))
-    return _applied(m, found, factors).logged(*log)
+    for stream in sums:
+        name = value_name(stream.writers[0])
+        if name in factors:
+            s, ends = factors[name], f"{len(stream.writers)} layers that write and {len(stream.readers)} that read"
+            text = f"{int((s != 1).sum())} of {len(s)} channels scaled by {float(s.min()):.3g} to {float(s.max()):.3g} between "
+            log.append(LogEntry("equalize", name, f"{text}{ends} ({method})"))
+    return _streamed(_applied(m, found, factors), sums, factors).logged(*log)
 
 
 def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
@@ -191,8 +200,14 @@ class _Side:
         self.low, self.high = (-into[0]).clamp(min=0), into[1].clamp(min=0)
         self.active = into[4].reshape(groups(layer), -1)  # zero is on every grid
         self.importance = torch.ones(())  # [groups, outputs]: how noise there counts at the end of the chain
-        self.before: Pair | None = None
-        self.after: Pair | None = None
+        # The channel of each input, and the link, a pair or a stream, that scales it; the same for the outputs.
+        self.source = torch.arange(self.power.numel())
+        self.before: Pair | Stream | None = None
+        self.after: Pair | Stream | None = None
+
+    def counted(self) -> Tensor:
+        """How noise in each input counts, [inputs]."""
+        return (self.squares * self.importance[:, :, None]).sum(1).flatten()
 
 
 class _Noise:
@@ -202,13 +217,15 @@ class _Noise:
     after another and a last zero, for inputs and outputs that nothing scales.
     """
 
-    def __init__(self, chains: list[list[_Side]], usable: list[Pair], per_channel: bool, bits: tuple[int, int]) -> None:
+    def __init__(
+        self, chains: list[list[_Side]], usable: list[Pair | Stream], per_channel: bool, bits: tuple[int, int]
+    ) -> None:
         self.per_channel = per_channel
         self.steps = (1 / (12 * (2.0 ** (bits[0] - 1) - 1) ** 2), 1 / (12 * (2.0 ** bits[1] - 1) ** 2))
         self.sides = [side for chain in chains for side in chain]
         device = self.sides[0].power.device
-        self.length = [outputs(p.first) for p in usable]
-        start = dict(zip(usable, torch.tensor([0, *self.length]).cumsum(0).tolist(), strict=False))
+        self.length = [_width(link) for link in usable]
+        start = {id(link): begin for link, begin in zip(usable, _begins(self.length), strict=True)}
         nothing = sum(self.length)
 
         def flat(each: list[Tensor]) -> Tensor:
@@ -220,13 +237,13 @@ class _Noise:
         s = self.sides
         none = torch.tensor([nothing])
         self.into = flat(
-            [none.expand(x.power.numel()) if x.before is None else x.before.source.cpu() + start[x.before] for x in s]
+            [none.expand(x.power.numel()) if x.before is None else x.source.cpu() + start[id(x.before)] for x in s]
         )
         self.own = flat(
             [
                 none.expand(x.importance.numel())
                 if x.after is None
-                else torch.arange(x.importance.numel()) + start[x.after]
+                else torch.arange(x.importance.numel()) + start[id(x.after)]
                 for x in s
             ]
         )
@@ -280,6 +297,15 @@ class _Noise:
         return noise.clamp(min=1e-30).log().mean()  # chains are independent; by logarithms one rate suits all
 
 
+def _width(link: Pair | Stream) -> int:
+    """How many factors a pair or a stream has."""
+    return link.channels if isinstance(link, Stream) else outputs(link.first)
+
+
+def _begins(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:i]) for i in range(len(lengths))]
+
+
 def _summed(x: Tensor, part: Tensor, parts: int) -> Tensor:
     return torch.zeros(parts, dtype=x.dtype, device=x.device).index_add(0, part, x)
 
@@ -288,41 +314,67 @@ def _variance(seen: _Seen) -> Tensor:
     return (seen[3] - seen[2].square()).clamp(min=0)
 
 
-def _chains(m: QModel, found: list[Pair], seen: dict[str, _Seen]) -> tuple[list[Pair], list[list[_Side]]]:
-    """The pairs whose values are all known, and the layers of each chain that they form."""
+def _known(seen: dict[str, _Seen], *nodes: object) -> bool:
+    values = [seen.get(value_name(n)) for n in nodes]  # type: ignore[arg-type]
+    return all(v is not None and all(bool(torch.isfinite(t).all()) for t in v) for v in values)
+
+
+def _chains(
+    m: QModel, found: list[Pair], sums: list[Stream], seen: dict[str, _Seen]
+) -> tuple[list[Pair], list[Stream], list[list[_Side]]]:
+    """The pairs and the streams whose values are all known, and the layers of each chain that pairs form."""
     usable: list[Pair] = []
     sides: dict[fx.Node, _Side] = {}
     chains: list[list[_Side]] = []
-
-    def known(*nodes: object) -> bool:
-        values = [seen.get(value_name(n)) for n in nodes]  # type: ignore[arg-type]
-        return all(v is not None and all(bool(torch.isfinite(t).all()) for t in v) for v in values)
-
     for pair in found:  # in graph order, so that a chain grows at its end
-        if not known(pair.first.args[0], pair.first, pair.value, pair.second):
+        if not _known(seen, pair.first.args[0], pair.first, pair.value, pair.second):
             continue
         usable.append(pair)
         for layer in (pair.first, pair.second):
             sides.setdefault(layer, _Side(m, layer, seen[value_name(layer.args[0])]))  # type: ignore[arg-type]
         first, second = sides[pair.first], sides[pair.second]
-        first.after, second.before = pair, pair
+        first.after, second.before, second.source = pair, pair, pair.source
         chain = next((c for c in chains if first in c), None)
         if chain is None:
             chains.append([first, second])
         else:
             chain.append(second)
-    for pair in reversed(usable):  # from the end of each chain back to its start
-        first, second = sides[pair.first], sides[pair.second]
-        signal = _variance(seen[value_name(pair.first)])
-        if second.after is None:
-            variance = _variance(seen[value_name(pair.second)]).reshape(second.power.shape[0], -1)
-            second.importance = 1 / (variance.clamp(min=1e-6 * float(variance.max()) + 1e-30) * variance.numel())
-        passed = _variance(seen[value_name(pair.value)])
-        gain = _gathered_sum(pair, passed) / pair.source.bincount(minlength=len(signal)).clamp(min=1).to(passed)
-        columns = (second.squares * second.importance[:, :, None]).sum(1).flatten()
-        found_here = _gathered_sum(pair, columns) * gain / signal.clamp(min=1e-6 * float(signal.max()) + 1e-30)
-        first.importance = found_here.reshape(first.power.shape[0], -1)
-    return usable, chains
+    joined = [t for t in sums if _known(seen, *(n for w in t.layers for n in (w, w.args[0])))]
+    for stream in joined:
+        for layer in stream.layers:
+            if layer not in sides:
+                sides[layer] = _Side(m, layer, seen[value_name(layer.args[0])])  # type: ignore[arg-type]
+                chains.append([sides[layer]])
+        for layer in stream.writers:
+            sides[layer].after = stream
+        for layer, source in stream.readers:
+            sides[layer].before, sides[layer].source = stream, source
+    _weigh(sides, {n: i for i, n in enumerate(m.graph.nodes)}, seen)
+    return usable, joined, chains
+
+
+def _weigh(sides: dict[fx.Node, _Side], order: dict[fx.Node, int], seen: dict[str, _Seen]) -> None:
+    """How noise in what each layer puts out counts, from the ends of the network back to its start."""
+    for layer in sorted(sides, key=order.__getitem__, reverse=True):
+        side, importance = sides[layer], None
+        if isinstance(side.after, Pair):
+            importance = _through_pair(side.after, sides[side.after.second], seen)
+        elif isinstance(side.after, Stream):  # of the readers of its sum, those that come after it
+            importance = torch.zeros(side.after.channels, device=side.power.device)
+            for reader, source in side.after.readers:
+                if order[reader] > order[layer]:
+                    importance.index_add_(0, source.to(importance.device), sides[reader].counted())
+        if importance is None or not bool((importance > 0).any()):
+            variance = _variance(seen[value_name(layer)])
+            importance = 1 / (variance.clamp(min=1e-6 * float(variance.max()) + 1e-30) * variance.numel())
+        side.importance = importance.reshape(side.power.shape[0], -1)
+
+
+def _through_pair(pair: Pair, second: _Side, seen: dict[str, _Seen]) -> Tensor:
+    """How noise in each output of the first layer counts, [channels]."""
+    signal, passed = _variance(seen[value_name(pair.first)]), _variance(seen[value_name(pair.value)])
+    gain = _gathered_sum(pair, passed) / pair.source.bincount(minlength=len(signal)).clamp(min=1).to(passed)
+    return _gathered_sum(pair, second.counted()) * gain / signal.clamp(min=1e-6 * float(signal.max()) + 1e-30)
 
 
 def _gathered_sum(pair: Pair, per_input: Tensor) -> Tensor:
@@ -338,10 +390,17 @@ def _soft_max(x: Tensor, part: Tensor, parts: int) -> Tensor:
 
 @torch.enable_grad()
 def _for_noise(
-    m: QModel, found: list[Pair], data: Iterable[Inputs] | None, per_channel: bool, bits: tuple[int, int]
+    m: QModel,
+    links: tuple[list[Pair], list[Stream]],
+    data: Iterable[Inputs] | None,
+    per_channel: bool,
+    bits: tuple[int, int],
 ) -> tuple[dict[str, Tensor], list[LogEntry]]:
     """Factors, [channels] by the first layer's name, that minimise the expected noise; as published where values are unknown."""
     axes: dict[str, int] = {}
+    found, sums = links
+    for layer in (n for t in sums for n in (*t.writers, *(r for r, _ in t.readers))):
+        axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
     for pair in found:
         for layer in (pair.first, pair.second):
             axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
@@ -350,14 +409,16 @@ def _for_noise(
     expected = {n: seen for n, seen in _expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
     if data is not None and not axes.keys() <= expected.keys():
         expected = {**_measured(m, data, axes), **expected}
-    usable, chains = _chains(m, found, expected)
+    usable, joined, chains = _chains(m, found, sums, expected)
     published = {} if per_channel else _for_weights(m, found, "symmetric", _START)
-    if not usable:
+    if not chains:
         return published, []
-    noise = _Noise(chains, usable, per_channel, bits)
+    names = [value_name(p.first) for p in usable] + [value_name(t.writers[0]) for t in joined]
+    noise = _Noise(chains, [*usable, *joined], per_channel, bits)
     starts = [torch.zeros(sum(noise.length), device=chains[0][0].power.device)]
     if not per_channel:
-        starts.append(torch.cat([published[value_name(p.first)].log() for p in usable]))
+        ones = [torch.ones(t.channels, device=starts[0].device) for t in joined]
+        starts.append(torch.cat([*(published[value_name(p.first)] for p in usable), *ones]).log())
     losses = []
     for start in starts:
         noise.search(start)
@@ -382,8 +443,7 @@ def _for_noise(
     text = f"expected noise at the ends of {len(chains)} chains lowered by {gained:.1f} dB on average"
     limit = math.log(_LARGEST)
     found_logs = torch.split(best.clamp(-limit, limit).exp(), noise.length)
-    factors = {value_name(p.first): s for p, s in zip(usable, found_logs, strict=True)}
-    return {**published, **factors}, [LogEntry("equalize", None, text)]
+    return {**published, **dict(zip(names, found_logs, strict=True))}, [LogEntry("equalize", None, text)]
 
 
 def _applied(m: QModel, found: list[Pair], factors: dict[str, Tensor]) -> QModel:
@@ -405,6 +465,30 @@ def _applied(m: QModel, found: list[Pair], factors: dict[str, Tensor]) -> QModel
         for node, carried in zip(pair.between, pair.carried, strict=True):
             if kind(node) is Kind.CLAMP:
                 _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
+    return replace(m, graph=graph, params=params, tuned={}, moments=moments)
+
+
+def _streamed(m: QModel, sums: list[Stream], factors: dict[str, Tensor]) -> QModel:
+    """The model with the factors of its streams."""
+    graph, params, moments = editable(m.graph), dict(m.parameters), dict(m.moments)
+    nodes = by_value(graph)
+    for stream in sums:
+        s = factors.get(value_name(stream.writers[0]))
+        if s is None:
+            continue
+        for layer in stream.writers:
+            name, weight, bias = value_name(layer), weight_of(layer), bias_of(layer)
+            params[str(weight.target)] = _scaled_outputs(layer, params[str(weight.target)], s)  # type: ignore[union-attr]
+            if bias is not None:
+                params[str(bias.target)] = params[str(bias.target)] * s
+            if name in moments:
+                moments[name] = Moments(moments[name].mean * s, moments[name].std * s)
+        for layer, source in stream.readers:
+            name, each = str(weight_of(layer).target), 1 / s[source.to(s.device)]  # type: ignore[union-attr]
+            w = params[name]
+            params[name] = unblocks(layer, blocks(layer, w) * per_input(layer, each), w.shape)
+        for node, carried in stream.clamps:
+            _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
     return replace(m, graph=graph, params=params, tuned={}, moments=moments)
 
 
