@@ -21,11 +21,10 @@ from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
 from halfbyte.refinement import LEARNED, Clock, Env, Part, Rates, Refined, Rounding, descend, execute
-from halfbyte.run import laid_out, last_uses
+from halfbyte.run import fitting, laid_out, last_uses
 from halfbyte.store import load, save
 
 _KEPT = "blocks"  # the folder of the model behind the last finished block
-_PORTION = 4  # samples that run at a time where nothing is learned
 # A step sees about so many output positions, of so many samples at least and at most: few samples of large maps say as much of a
 # layer's weights as many of small ones, and cost the same.
 _POSITIONS, _FEWEST, _MOST = 4096, 2, 64
@@ -146,16 +145,16 @@ class _Stream:
     @torch.no_grad()
     def advanced(self, m: QModel, nodes: Sequence[fx.Node], *, rounded: bool) -> Env:
         """Run a block on everything and return what is alive behind it."""
-        tap = Rounding(m) if rounded else None
+        tap, portion = Rounding(m) if rounded else None, fitting(nodes)
         parts = [
             execute(
                 m,
                 nodes,
-                sliced(self.env, torch.arange(i, min(i + _PORTION, self.count)), self.count),
+                sliced(self.env, torch.arange(i, min(i + portion, self.count)), self.count),
                 tap,
                 self.freed,
             )
-            for i in range(0, self.count, _PORTION)
+            for i in range(0, self.count, portion)
         ]
         self.env = {n: _joined(n, [p[n] for p in parts]) for n in parts[0]}
         return self.env
@@ -261,8 +260,9 @@ def _importance(m: QModel, found: Sequence[Sequence[fx.Node]], samples: Inputs) 
     ends = [next(n for n in reversed(nodes) if "value" in n.meta and is_tensor(n)) for nodes in found]
     sums: list[Tensor | None] = [None] * len(found)
     freed = last_uses(m.graph)
-    for begin in range(0, len(samples[0]), _PORTION):
-        env: Env = {n: laid_out(x[begin : begin + _PORTION]) for n, x in zip(m.inputs, samples, strict=True)}
+    portion = fitting(m.graph.nodes)
+    for begin in range(0, len(samples[0]), portion):
+        env: Env = {n: laid_out(x[begin : begin + portion]) for n, x in zip(m.inputs, samples, strict=True)}
         held: list[Tensor] = []
         with torch.enable_grad():
             for nodes, end in zip(found, ends, strict=True):

@@ -153,8 +153,8 @@ def streams(graph: fx.Graph, paired: list[Pair]) -> list[Stream]:
                 found.append(_Found())
                 found[-1].writers.append(node)
                 at[node] = found[-1], _channels(node)
-                if any(p is not None and len(p.users) > 1 for p in (weight_of(node), bias_of(node))):
-                    found[-1].reason = "its parameters are shared"
+                if weight_of(node) is None or any(p and len(p.users) > 1 for p in (weight_of(node), bias_of(node))):
+                    found[-1].reason = "its weight is computed, or its parameters are shared"
         elif kind(node) is Kind.ADD and len(given) == len(node.all_input_nodes) == 2:
             _summed(node, given, at, found)
         elif given and kind(node) is not Kind.SHAPE:
@@ -177,7 +177,8 @@ def _read(layer: fx.Node, at: dict[fx.Node, tuple[_Found, Tensor]]) -> None:
         if n not in at:
             continue
         stream, channels = at[n]
-        checked = _checked(layer, [], layer, channels) if layer.args[0] is n else "a weight is computed"
+        simple = layer.args[0] is n and weight_of(layer) is not None
+        checked = _checked(layer, [], layer, channels) if simple else "a weight is computed"
         if isinstance(checked, str):
             stream.reason = checked
         else:

@@ -92,7 +92,7 @@ def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator
     on_cpu = all(t.device.type == "cpu" for t in m.params.values())
     count = min(most, fitting(m.graph.nodes)) if free and on_cpu else 0
     for batch in data:
-        for i in range(0, len(batch[0]), count or len(batch[0])):
+        for i in range(0, len(batch[0]), count or max(1, len(batch[0]))):
             yield tuple(t[i : i + count] for t in batch) if count else batch
 
 

@@ -23,9 +23,9 @@ from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refin
 from halfbyte.run import laid_out, portions, run
 from halfbyte.store import load, save
 
-_PORTION = 16  # samples that run at a time where nothing is learned
 _WARMUP = 0.1  # share of the steps over which the rates rise: the first steps of Adam know only the sign of a gradient
 _CHECKS = 8
+_FEW = 64  # samples that tell the spread of what each layer puts out
 _LAYERS = 3  # of a block, whose end is a feature
 _MIXED = 0.5  # share of the samples that are mixed with others
 _SMALLEST = 1e-12
@@ -78,7 +78,7 @@ def tune(
     part = Part(m, [n for n in m.graph.nodes if n.op != "output"], learn, seed=seed)
     judge = _Judge(part, samples, count, divergent=loss == "divergence", features=features, mix=mix)
     if "biases" in learn:
-        part.free_biases(judge.env(torch.arange(min(count, 4 * _PORTION))))
+        part.free_biases(judge.env(torch.arange(min(count, _FEW))))
 
     def rates(before: float) -> Rates:
         step = scale_rate * min(math.sqrt(max(before, 0.0)), _LARGE)
@@ -124,7 +124,8 @@ class _Judge:
         device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
         self.samples = tuple(x.to(device) for x in samples)
         self.mix = mix and all(x.is_floating_point() for x in samples)
-        self.features = [_end(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
+        ends = [_end(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
+        self.features = [n for n in ends if is_real(n)]
         part.keep(self.features)
         self.outputs = output_values(part.m.graph)
         self.at = [i for i, n in enumerate(self.outputs) if is_real(n)]  # decisions, such as an index, have no gradient
