@@ -53,12 +53,13 @@ class Stream:
     """Layers that write to one sum, or to a value of several readers, and those that read it: one factor for each channel.
 
     readers: each with the channel that each of its inputs carries, int64. clamps: operations with limits between, with the channel
-    that each element carries.
+    that each element carries. values: all that is scaled.
     """
 
     writers: tuple[fx.Node, ...]
     readers: tuple[tuple[fx.Node, Tensor], ...]
     clamps: tuple[tuple[fx.Node, Tensor], ...]
+    values: tuple[fx.Node, ...]
 
     @property
     def channels(self) -> int:
@@ -124,6 +125,7 @@ class _Found:
         self.writers: list[fx.Node] = []
         self.readers: list[tuple[fx.Node, Tensor]] = []
         self.clamps: list[tuple[fx.Node, Tensor]] = []
+        self.values: list[fx.Node] = []
         self.sums = 0
         self.reason = ""
 
@@ -132,6 +134,7 @@ class _Found:
         self.writers += other.writers
         self.readers += other.readers
         self.clamps += other.clamps
+        self.values += other.values
         self.sums += other.sums
         self.reason = self.reason or other.reason
 
@@ -152,6 +155,7 @@ def streams(graph: fx.Graph, paired: list[Pair]) -> list[Stream]:
             if node not in firsts:
                 found.append(_Found())
                 found[-1].writers.append(node)
+                found[-1].values.append(node)
                 at[node] = found[-1], _channels(node)
                 if weight_of(node) is None or any(p and len(p.users) > 1 for p in (weight_of(node), bias_of(node))):
                     found[-1].reason = "its weight is computed, or its parameters are shared"
@@ -165,10 +169,11 @@ def streams(graph: fx.Graph, paired: list[Pair]) -> list[Stream]:
                     at[n][0].reason = followed
                 continue
             at[node] = stream, followed
+            stream.values.append(node)
             if kind(node) is Kind.CLAMP:
                 stream.clamps.append((node, _narrowed(followed)))
     whole = [f for f in found if not f.reason and f.writers and (f.sums or len(f.readers) > 1) and f.readers]
-    return [Stream(tuple(f.writers), tuple(f.readers), tuple(f.clamps)) for f in whole]
+    return [Stream(tuple(f.writers), tuple(f.readers), tuple(f.clamps), tuple(f.values)) for f in whole]
 
 
 def _read(layer: fx.Node, at: dict[fx.Node, tuple[_Found, Tensor]]) -> None:
@@ -197,6 +202,7 @@ def _summed(node: fx.Node, given: list[fx.Node], at: dict[fx.Node, tuple[_Found,
             if stream is b:
                 at[n] = a, carried
     a.sums += 1
+    a.values.append(node)
     at[node] = a, channels
 
 

@@ -110,7 +110,7 @@ def _equalize(
 ) -> QModel:
     wide = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
     few = None if c.source is None else c.lazily()
-    return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, **wide)
+    return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, fixed=c.ranges, **wide)
 
 
 def _absorb(m: QModel, c: Context) -> QModel:

@@ -7,7 +7,7 @@ expected from rounding both weights and the value between, for one scale per ten
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from typing import Literal
 
@@ -57,6 +57,7 @@ def equalize(
     weight_bits: int = 8,
     activation_bits: int = 8,
     ranges: Ranges = "symmetric",
+    fixed: Container[str] = (),
 ) -> QModel:
     """Equalize every legal pair of layers. Use before placement; batch norms must be folded.
 
@@ -65,16 +66,18 @@ def equalize(
     method *weights* takes for a range, the largest magnitude or the distance from the least to the largest. Every pair, and why
     the other layers have none, is logged. Limits of clamps such as ReLU6 are scaled with their channels, so the float outputs
     stay. The method *noise* equalizes sums, too, and values of several readers: between all that write and all that read them.
-    Raises :class:`UsageError` for a model that is placed already.
+    fixed: names of values that stay as they are, because somebody knows their range. Raises :class:`UsageError` for a model that
+    is placed already.
     """
     if m.plan:
         raise UsageError("equalize changes float weights: call it before place")
     found, log = pairs(m.graph)
+    found = [p for p in found if not any(value_name(n) in fixed for n in (p.first, *p.between))]
     sums: list[Stream] = []
     if method == "weights":
         factors = _for_weights(m, found, ranges)
     else:
-        sums = streams(m.graph, found)
+        sums = [t for t in streams(m.graph, pairs(m.graph)[0]) if not any(value_name(n) in fixed for n in t.values)]
         factors, notes = _for_noise(m, (found, sums), data, per_channel, (weight_bits, activation_bits))
         log += notes
     for pair in found:
