@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import input_axis, layers, macs
+from halfbyte.losses import noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
@@ -133,6 +134,11 @@ def blocks_of(m: QModel, least: int) -> list[list[fx.Node]]:
     return found
 
 
+def end_of(nodes: Sequence[fx.Node]) -> fx.Node:
+    """The value that carries everything on from a block."""
+    return next(n for n in reversed(nodes) if "value" in n.meta and is_tensor(n))
+
+
 class _Stream:
     """All samples of one of the two networks at the cut between two blocks."""
 
@@ -145,7 +151,7 @@ class _Stream:
     @torch.no_grad()
     def advanced(self, m: QModel, nodes: Sequence[fx.Node], *, rounded: bool) -> Env:
         """Run a block on everything and return what is alive behind it."""
-        tap, portion = Rounding(m) if rounded else None, fitting(nodes)
+        tap, portion = Rounding(m) if rounded else None, fitting(m, nodes)
         parts = [
             execute(
                 m,
@@ -203,7 +209,7 @@ def _refined(
 
     env: what the quantized network gives the block, target: what it should put out; the first ``count`` samples may be learned from.
     """
-    name = value_name([n for n in nodes if "value" in n.meta][-1])
+    name = value_name(end_of(nodes))
     part = Part(m, nodes, LEARNED, seed=seed, drop=o.drop)
     if not part.layers:
         return m.logged(LogEntry("blocks", name, "left as it is: nothing in it can be refined"))
@@ -245,22 +251,20 @@ def _entry(name: str, part: Part, found: Refined, batch: int) -> LogEntry:
 
 def _error(part: Part, env: Env, target: Env, importance: Tensor | None) -> Tensor:
     """Squared error of what the block puts out over its power."""
-    terms = []
-    for node, y in part.run(env).items():
-        if isinstance(y, Tensor) and y.is_floating_point() and node in part.nodes:
-            error = (y - target[node]).square()
-            if importance is not None and y.ndim > 1:
-                error = error * importance.reshape(1, -1, *[1] * (y.ndim - 2))
-            terms.append(error.mean() / target[node].square().mean().clamp(min=1e-12))
+    terms = [
+        noise_of(y, target[node], importance)
+        for node, y in part.run(env).items()
+        if isinstance(y, Tensor) and y.is_floating_point() and node in part.nodes
+    ]
     return torch.stack(terms).sum()
 
 
 def _importance(m: QModel, found: Sequence[Sequence[fx.Node]], samples: Inputs) -> list[Tensor | None]:
     """For each block the mean squared gradient of the outputs' spread with respect to each channel it puts out."""
-    ends = [next(n for n in reversed(nodes) if "value" in n.meta and is_tensor(n)) for nodes in found]
+    ends = [end_of(nodes) for nodes in found]
     sums: list[Tensor | None] = [None] * len(found)
     freed = last_uses(m.graph)
-    portion = fitting(m.graph.nodes)
+    portion = fitting(m, m.graph.nodes)
     for begin in range(0, len(samples[0]), portion):
         env: Env = {n: laid_out(x[begin : begin + portion]) for n, x in zip(m.inputs, samples, strict=True)}
         held: list[Tensor] = []

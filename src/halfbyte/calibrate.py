@@ -290,16 +290,12 @@ def _clamped(m: QModel, grids: Mapping[str, Grid]) -> dict[str, Grid]:
         grid = grids.get(m.ties.get(name, name))
         if m.plan.get(name) is None or grid is None:
             continue
-        source = (
-            found.get(value_name(node.args[0]))
-            if name in m.ties and isinstance(node.args[0], fx.Node) and "value" in node.args[0].meta
-            else None
-        )
+        read = node.args[0] if name in m.ties else None
+        source = found.get(value_name(read)) if isinstance(read, fx.Node) and "value" in read.meta else None
         if bounds is not None:
             found[name] = limited(source or grid, *bounds)
-        elif (
-            source is not None
-        ):  # moves codes that were clamped before, maybe to where no dimension is that of channels
+        elif source is not None:
+            # It moves codes that were clamped before, maybe to where no dimension is that of channels.
             found[name] = replace(source, lo=source.lo.min(), hi=source.hi.max())
     return found
 

@@ -40,7 +40,38 @@ class Pair:
     @property
     def value(self) -> fx.Node:
         """What the second layer reads."""
-        return self.between[-1] if self.between else self.first
+        return self.values[-1]
+
+    @property
+    def values(self) -> tuple[fx.Node, ...]:
+        """All that is scaled."""
+        return self.first, *self.between
+
+    @property
+    def clamps(self) -> tuple[tuple[fx.Node, Tensor], ...]:
+        """Operations with limits between, with the channel that each element carries."""
+        found = zip(self.between, self.carried, strict=True)
+        return tuple((node, carried) for node, carried in found if kind(node) is Kind.CLAMP)
+
+    @property
+    def writers(self) -> tuple[fx.Node, ...]:
+        """The first layer; as a stream names it."""
+        return (self.first,)
+
+    @property
+    def readers(self) -> tuple[tuple[fx.Node, Tensor], ...]:
+        """The second layer with the channel that each of its inputs carries; as a stream names them."""
+        return ((self.second, self.source),)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return outputs(self.first)
+
+    @property
+    def layers(self) -> tuple[fx.Node, ...]:
+        """Both layers."""
+        return self.first, self.second
 
     def gathered(self, per_input: Tensor) -> Tensor:
         """The largest of the numbers of those inputs of ``second`` that carry the same channel, [channels of ``first``]."""
@@ -70,6 +101,9 @@ class Stream:
     def layers(self) -> tuple[fx.Node, ...]:
         """All that write or read."""
         return *self.writers, *(r for r, _ in self.readers)
+
+
+Link = Pair | Stream
 
 
 def outputs(layer: fx.Node) -> int:

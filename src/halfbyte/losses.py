@@ -46,6 +46,14 @@ def divergence(found: Outputs, wanted: Outputs) -> Tensor:
     return (expected.exp() * (expected - torch.log_softmax(found[0], 1))).sum(1).mean()
 
 
+def noise_of(found: Tensor, wanted: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Mean squared difference over the mean square of ``wanted``. importance: of each channel, dimension 1."""
+    error = (found - wanted).square()
+    if importance is not None and error.ndim > 1:
+        error = error * importance.reshape(1, -1, *[1] * (error.ndim - 2))
+    return error.mean() / wanted.square().mean().clamp(min=_SMALLEST)
+
+
 def relative_error(found: Outputs, wanted: Outputs, signals: Outputs, *, centred: bool = False) -> Tensor:
     """Mean squared difference of each output over ``signals``, its variance in float; mean over the outputs.
 

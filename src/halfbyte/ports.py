@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx_ir as ir
 import torch
@@ -35,6 +35,8 @@ class Ports:
     def __post_init__(self) -> None:
         if self.static_batch is not None and self.static_batch < 1:
             raise UsageError(f"a batch of {self.static_batch} holds nothing: give at least 1")
+        if self.input_type not in get_args(InputType):
+            raise UsageError(f"input_type '{self.input_type}' must be one of {', '.join(get_args(InputType))}")
 
 
 def check_names(m: QModel, ports: Ports) -> None:

@@ -1,7 +1,7 @@
 """Cheap stand-ins for a measured sensitivity: the noise of a unit where it arises, plain or weighted by what it does to the outputs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from halfbyte.affine import fake_quantize
 from halfbyte.graph import bias_of, by_value, is_real, output_values, weight_of
 from halfbyte.model import Inputs, Outputs, QModel
-from halfbyte.run import run
+from halfbyte.run import portions, run
 from halfbyte.units import Candidates, Units, merged
 
 _PORTION = 8  # all running values of so many samples are held at once
@@ -35,7 +35,7 @@ def proxies(candidates: Candidates, u: Units, data: Sequence[Inputs], *, weighte
     signal = dict.fromkeys(u.open, 0.0)
     generator = torch.Generator().manual_seed(0)
     samples = 0
-    for x in _portions(data):
+    for x in portions(base, data, _PORTION):
         seen, slopes = _observed(base.as_float(), x, _values(u, readers), generator if weighted else None)
         samples += len(x[0])
         for (unit, width), m in changes.items():
@@ -54,12 +54,6 @@ def proxies(candidates: Candidates, u: Units, data: Sequence[Inputs], *, weighte
     scale = {k: samples if weighted else max(s, 1e-30) for k, s in signal.items()}
     score = {(k, w): n / scale[k] for (k, w), n in noise.items()}
     return {k: {w: score[k, w] - score[k, u.widths[k][-1]] for w in u.widths[k]} for k in u.open}
-
-
-def _portions(data: Sequence[Inputs]) -> Iterator[Inputs]:
-    for batch in data:
-        for i in range(0, len(batch[0]), _PORTION):
-            yield tuple(t[i : i + _PORTION] for t in batch)
 
 
 def _values(u: Units, readers: dict[str, list[fx.Node]]) -> set[str]:

@@ -21,7 +21,7 @@ from halfbyte.grids import GridRule
 from halfbyte.model import QModel, Target
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.pipeline import by_recipe, choice_of, load_samples, recipe_for
-from halfbyte.ports import InputType, pixel_range, takes_pixels
+from halfbyte.ports import InputType, Ports, pixel_range, takes_pixels
 from halfbyte.preprocess import Preprocess
 from halfbyte.provenance import Hashed, note_data, note_weights
 from halfbyte.recipe import Recipe
@@ -103,6 +103,7 @@ def quantize(
     given = {"budget": budget, "recipe": recipe, "rounding": rounding, "iterations": iterations,
              "activation_range": activation_range, "weight_range": weight_range, "logit_range": logit_range}  # fmt: skip
     check_search(calibration, max_drop, validation, given)
+    Ports(input_type=input_type)
     limit = seconds(time_limit)
     options: dict[str, Any] = {
         "target": target,

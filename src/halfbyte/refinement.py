@@ -27,7 +27,6 @@ Env = dict[fx.Node, Any]
 Loss = Callable[[Tensor], Tensor]  # indices of samples -> their mean loss
 _CHECKS = 4  # so often the held-out samples are asked on the way
 _TIMED = 3  # steps that tell how long one takes
-_ALL = 1 << 30
 _WIDE = 8  # running values of fewer bits learn their scale, weights of fewer bits their codes
 
 
@@ -129,8 +128,7 @@ class Part(Rounding):
         super().__init__(m)
         self.nodes, self.drop, self.training = nodes, drop, False
         self.freed = last_uses(m.graph)
-        on_cpu = all(t.device.type == "cpu" for t in m.params.values())
-        self.portion = fitting(nodes) if on_cpu else _ALL  # samples whose gradients are computed at a time
+        self.portion = fitting(m, nodes)  # samples whose gradients are computed at a time
         self.generator = torch.Generator().manual_seed(seed)
         every, self.learn = set(layers(m.graph)), frozenset(learn)
         self.layers = [n for n in nodes if n in every and not why_not(m, n)]

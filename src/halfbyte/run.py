@@ -18,7 +18,9 @@ _aten = torch.ops.aten
 # What clamp does, at two operations backward instead of seven; for inputs that need a gradient.
 _CLAMPS: dict[Any, Any] = {_aten.clamp.default: _aten.hardtanh.default}
 _AS_WELL: dict[Any, Any] = {_aten.view.default: _aten.reshape.default, _aten._unsafe_view.default: _aten.reshape.default}  # fmt: skip
-_WIDEST = 1 << 22  # elements of the widest value of a portion, 16 MiB
+# Elements of the widest value of a portion: on the CPU 16 MiB, for each page of larger blocks costs a fault whenever they are new;
+# on an accelerator 1 GiB, for memory alone.
+_WIDEST, _WIDEST_ELSEWHERE = 1 << 22, 1 << 28
 _FEWEST = 2  # samples of a portion
 
 
@@ -76,21 +78,21 @@ def _plain(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) else x
 
 
-def fitting(nodes: Iterable[fx.Node]) -> int:
-    """How many samples run at a time without large blocks of memory, of which each page costs a fault whenever they are new."""
+def fitting(m: QModel, nodes: Iterable[fx.Node]) -> int:
+    """How many samples run at a time through some nodes, so that memory stays small and running is fast."""
     shapes = [n.meta["shape"] for n in nodes if n.op != "get_attr" and is_tensor(n)]
     widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
-    return max(_FEWEST, _WIDEST // max(1, widest))
+    on_cpu = all(t.device.type == "cpu" for t in m.params.values())
+    return max(_FEWEST, (_WIDEST if on_cpu else _WIDEST_ELSEWHERE) // max(1, widest))
 
 
 def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator[Inputs]:
     """The same samples, as many at a time as fit (:func:`fitting`), ``most`` at most.
 
-    Batches stay as they are on an accelerator and where the network takes a fixed number of samples.
+    Batches stay as they are where the network takes a fixed number of samples.
     """
     free = all(n.meta["shape"] and not isinstance(n.meta["shape"][0], int) for n in m.inputs)
-    on_cpu = all(t.device.type == "cpu" for t in m.params.values())
-    count = min(most, fitting(m.graph.nodes)) if free and on_cpu else 0
+    count = min(most, fitting(m, m.graph.nodes)) if free else 0
     for batch in data:
         for i in range(0, len(batch[0]), count or max(1, len(batch[0]))):
             yield tuple(t[i : i + count] for t in batch) if count else batch

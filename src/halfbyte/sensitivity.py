@@ -108,7 +108,7 @@ def _portions(
     m: QModel, data: Iterable[Any], samples: int, *, labelled: bool
 ) -> Iterator[tuple[Inputs, Tensor | None]]:
     """The first samples, some at a time, with their labels if there are."""
-    left, count = samples, min(_MOST, fitting(m.graph.nodes))
+    left, count = samples, min(_MOST, fitting(m, m.graph.nodes))
     for batch in data:
         if labelled and not (len(batch) == 2 and isinstance(batch[0], tuple | list)):
             raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")

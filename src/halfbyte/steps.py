@@ -41,7 +41,6 @@ Method = Literal["nearest", "descent", "adaround", "adaquant", "blocks"]
 METHODS: dict[str, Callable[[], LayerSolver]] = {"descent": Descent, "adaround": AdaRound, "adaquant": AdaQuant}
 # So many samples tell the channels of a network apart, and so many others which of two models is better.
 FEW, HELD_OUT = 64, 32
-_PORTION = 32  # samples run at a time
 # Steps of each block and of the whole network where nothing, and where only the time, is said; the blocks' share of the time.
 _STEPS, _MANY, _FIRST = 300, 20_000, 0.25
 
@@ -97,8 +96,7 @@ def _taken(batches: Iterable[Inputs], count: int, skip: int = 0) -> list[Inputs]
     joined = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
     if skip and len(joined[0]) > 2 * skip:
         joined = tuple(t[skip:] for t in joined)
-    joined = tuple(t[:count] for t in joined)
-    return [tuple(t[i : i + _PORTION] for t in joined) for i in range(0, len(joined[0]), _PORTION)]
+    return [tuple(t[:count] for t in joined)]
 
 
 def _equalize(

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from halfbyte.blocks import blocks_of
+from halfbyte.blocks import blocks_of, end_of
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import is_real, macs, output_values
-from halfbyte.losses import Loss, classifies, divergence, relative_error
+from halfbyte.losses import Loss, classifies, divergence, noise_of, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
 from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend, execute
@@ -28,7 +28,6 @@ _CHECKS = 8
 _FEW = 64  # samples that tell the spread of what each layer puts out
 _LAYERS = 3  # of a block, whose end is a feature
 _MIXED = 0.5  # share of the samples that are mixed with others
-_SMALLEST = 1e-12
 _LARGE = 0.15  # of a relative error; steps do not grow with what is worse, for such networks are easily upset
 
 
@@ -59,10 +58,10 @@ def tune(
     doubt about, which are few among those that it was trained on. features: values between blocks, those at the cuts of
     :func:`refine`, count while learning, their mean relative error as much as the outputs'. mix: half of the samples of a step are
     mixed with others (arXiv 1710.09412), and the float network says what becomes of them (arXiv 2106.05237), so that few
-    samples last for many steps; of networks with real inputs alone. iterations: steps of Adam with ``batch`` samples; gradients
-    of so many are held at once. rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in
-    standard deviations of what their layer puts out, as a share of the relative error of the outputs (0.15 at most): what is
-    nearly right moves in small steps. time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends
+    samples last for many steps; of networks with real inputs alone. iterations: steps of Adam with ``batch`` samples.
+    rate: of codes, in steps of the grid. scale_rate: of logarithms of scales, and of biases in standard deviations of what
+    their layer puts out, as a share of the relative error of the outputs (0.15 at most): what is nearly right moves in small
+    steps. time_limit: seconds. kept: a folder that keeps the result; with it, the first Ctrl-C ends
     the tuning with the best model so far in the folder, which the next run takes. Raises :class:`UsageError` for a model
     without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
@@ -124,7 +123,7 @@ class _Judge:
         device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
         self.samples = tuple(x.to(device) for x in samples)
         self.mix = mix and all(x.is_floating_point() for x in samples)
-        ends = [_end(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
+        ends = [end_of(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
         self.features = [n for n in ends if is_real(n)]
         part.keep(self.features)
         self.outputs = output_values(part.m.graph)
@@ -170,16 +169,8 @@ class _Judge:
             target = execute(m, part.nodes, given, None, part.freed)
         found = part.run(given)
         loss = self._loss(found, tuple(target[self.outputs[i]] for i in self.at))
-        errors = [
-            (found[n] - target[n]).square().mean() / target[n].square().mean().clamp(min=_SMALLEST)
-            for n in self.features
-        ]
+        errors = [noise_of(found[n], target[n]) for n in self.features]
         return loss + torch.stack(errors).mean() if errors else loss
-
-
-def _end(nodes: Sequence[fx.Node]) -> fx.Node:
-    """The value that carries everything on from a block."""
-    return next(n for n in reversed(nodes) if "value" in n.meta)
 
 
 def _entry(learn: Sequence[Learned], judge: _Judge, found: Refined, planned: int) -> LogEntry:

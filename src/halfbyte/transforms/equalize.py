@@ -9,12 +9,13 @@ expected from rounding both weights and the value between, for one scale per ten
 import math
 from collections.abc import Container, Iterable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from halfbyte.chains import Pair, Stream, outputs, pairs, streams
+from halfbyte.chains import Link, Pair, Stream, outputs, pairs, streams
 from halfbyte.errors import UsageError
 from halfbyte.graph import (
     bias_of,
@@ -31,7 +32,7 @@ from halfbyte.graph import (
 )
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.moments import propagate
-from halfbyte.ops import CLAMP_CHANNELS, Kind, clamp_bounds, kind
+from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds
 from halfbyte.run import portions, run
 
 Method = Literal["noise", "weights"]
@@ -71,14 +72,14 @@ def equalize(
     """
     if m.plan:
         raise UsageError("equalize changes float weights: call it before place")
-    found, log = pairs(m.graph)
-    found = [p for p in found if not any(value_name(n) in fixed for n in (p.first, *p.between))]
+    legal, log = pairs(m.graph)
+    found = [p for p in legal if not _fixes(fixed, p)]
     sums: list[Stream] = []
     if method == "weights":
         factors = _for_weights(m, found, ranges)
     else:
-        sums = [t for t in streams(m.graph, pairs(m.graph)[0]) if not any(value_name(n) in fixed for n in t.values)]
-        factors, notes = _for_noise(m, (found, sums), data, per_channel, (weight_bits, activation_bits))
+        sums = [t for t in streams(m.graph, legal) if not _fixes(fixed, t)]
+        factors, notes = _for_noise(m, found, sums, data, per_channel, (weight_bits, activation_bits))
         log += notes
     for pair in found:
         name = value_name(pair.first)
@@ -95,7 +96,11 @@ def equalize(
             s, ends = factors[name], f"{len(stream.writers)} layers that write and {len(stream.readers)} that read"
             text = f"{int((s != 1).sum())} of {len(s)} channels scaled by {float(s.min()):.3g} to {float(s.max()):.3g} between "
             log.append(LogEntry("equalize", name, f"{text}{ends} ({method})"))
-    return _streamed(_applied(m, found, factors), sums, factors).logged(*log)
+    return _applied(m, [*found, *sums], factors).logged(*log)
+
+
+def _fixes(fixed: Container[str], link: Link) -> bool:
+    return any(value_name(n) in fixed for n in link.values)
 
 
 def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
@@ -105,7 +110,7 @@ def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SW
     values = m.parameters
     spans: dict[fx.Node, Tensor] = {}
     for layer in {p.first for p in found} | {p.second for p in found}:
-        spans[layer] = values[str(weight_of(layer).target)].float()  # type: ignore[union-attr]
+        spans[layer] = values[_weight_name(layer)].float()
     total = {value_name(p.first): torch.ones(outputs(p.first), device=spans[p.first].device) for p in found}
     for _ in range(sweeps):
         largest = 0.0
@@ -119,7 +124,7 @@ def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SW
             largest = max(largest, float((s.log()).abs().max()))
             total[name] = total[name] * s
             spans[pair.first] = _scaled_outputs(pair.first, spans[pair.first], s)
-            spans[pair.second] = _scaled_inputs(pair, spans[pair.second], 1 / s)
+            spans[pair.second] = _scaled_inputs(pair.second, pair.source, spans[pair.second], 1 / s)
         if largest < _SETTLED:
             break
     return total
@@ -135,9 +140,8 @@ def _scaled_outputs(layer: fx.Node, w: Tensor, s: Tensor) -> Tensor:
     return unblocks(layer, blocks(layer, w) * per_output(layer, s), w.shape)
 
 
-def _scaled_inputs(pair: Pair, w: Tensor, s: Tensor) -> Tensor:
-    each = s[pair.source.to(s.device)]
-    return unblocks(pair.second, blocks(pair.second, w) * per_input(pair.second, each), w.shape)
+def _scaled_inputs(layer: fx.Node, source: Tensor, w: Tensor, s: Tensor) -> Tensor:
+    return unblocks(layer, blocks(layer, w) * per_input(layer, s[source.to(s.device)]), w.shape)
 
 
 _Seen = tuple[
@@ -205,8 +209,8 @@ class _Side:
         self.importance = torch.ones(())  # [groups, outputs]: how noise there counts at the end of the chain
         # The channel of each input, and the link, a pair or a stream, that scales it; the same for the outputs.
         self.source = torch.arange(self.power.numel())
-        self.before: Pair | Stream | None = None
-        self.after: Pair | Stream | None = None
+        self.before: Link | None = None
+        self.after: Link | None = None
 
     def counted(self) -> Tensor:
         """How noise in each input counts, [inputs]."""
@@ -220,15 +224,14 @@ class _Noise:
     after another and a last zero, for inputs and outputs that nothing scales.
     """
 
-    def __init__(
-        self, chains: list[list[_Side]], usable: list[Pair | Stream], per_channel: bool, bits: tuple[int, int]
-    ) -> None:
+    def __init__(self, chains: list[list[_Side]], usable: list[Link], per_channel: bool, bits: tuple[int, int]) -> None:
         self.per_channel = per_channel
         self.steps = (1 / (12 * (2.0 ** (bits[0] - 1) - 1) ** 2), 1 / (12 * (2.0 ** bits[1] - 1) ** 2))
         self.sides = [side for chain in chains for side in chain]
         device = self.sides[0].power.device
-        self.length = [_width(link) for link in usable]
-        start = {id(link): begin for link, begin in zip(usable, _begins(self.length), strict=True)}
+        self.length = [link.channels for link in usable]
+        begins = accumulate(self.length[:-1], initial=0)
+        start = {link.writers[0]: begin for link, begin in zip(usable, begins, strict=True)}
         nothing = sum(self.length)
 
         def flat(each: list[Tensor]) -> Tensor:
@@ -240,13 +243,16 @@ class _Noise:
         s = self.sides
         none = torch.tensor([nothing])
         self.into = flat(
-            [none.expand(x.power.numel()) if x.before is None else x.source.cpu() + start[id(x.before)] for x in s]
+            [
+                none.expand(x.power.numel()) if x.before is None else x.source.cpu() + start[x.before.writers[0]]
+                for x in s
+            ]
         )
         self.own = flat(
             [
                 none.expand(x.importance.numel())
                 if x.after is None
-                else torch.arange(x.importance.numel()) + start[id(x.after)]
+                else torch.arange(x.importance.numel()) + start[x.after.writers[0]]
                 for x in s
             ]
         )
@@ -298,15 +304,6 @@ class _Noise:
         values = reach.square() * _summed(self.columns / factor.square(), self.input_side, sides)
         noise = _summed(self.steps[0] * weights + self.steps[1] * values, self.chain, self.chains)
         return noise.clamp(min=1e-30).log().mean()  # chains are independent; by logarithms one rate suits all
-
-
-def _width(link: Pair | Stream) -> int:
-    """How many factors a pair or a stream has."""
-    return link.channels if isinstance(link, Stream) else outputs(link.first)
-
-
-def _begins(lengths: list[int]) -> list[int]:
-    return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
 def _summed(x: Tensor, part: Tensor, parts: int) -> Tensor:
@@ -394,20 +391,17 @@ def _soft_max(x: Tensor, part: Tensor, parts: int) -> Tensor:
 @torch.enable_grad()
 def _for_noise(
     m: QModel,
-    links: tuple[list[Pair], list[Stream]],
+    found: list[Pair],
+    sums: list[Stream],
     data: Iterable[Inputs] | None,
     per_channel: bool,
     bits: tuple[int, int],
 ) -> tuple[dict[str, Tensor], list[LogEntry]]:
     """Factors, [channels] by the first layer's name, that minimise the expected noise; as published where values are unknown."""
     axes: dict[str, int] = {}
-    found, sums = links
-    for layer in (n for t in sums for n in (*t.writers, *(r for r, _ in t.readers))):
+    links: list[Link] = [*found, *sums]
+    for layer in (n for link in links for n in link.layers):
         axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
-    for pair in found:
-        for layer in (pair.first, pair.second):
-            axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
-            axes[value_name(pair.value)] = input_axis(pair.second)
     # What batch norms remember of all training data is worth more than a few samples: these fill in where nothing is known.
     expected = {n: seen for n, seen in _expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
     if data is not None and not axes.keys() <= expected.keys():
@@ -416,8 +410,8 @@ def _for_noise(
     published = {} if per_channel else _for_weights(m, found, "symmetric", _START)
     if not chains:
         return published, []
-    names = [value_name(p.first) for p in usable] + [value_name(t.writers[0]) for t in joined]
-    noise = _Noise(chains, [*usable, *joined], per_channel, bits)
+    links = [*usable, *joined]
+    names, noise = [value_name(link.writers[0]) for link in links], _Noise(chains, links, per_channel, bits)
     starts = [torch.zeros(sum(noise.length), device=chains[0][0].power.device)]
     if not per_channel:
         ones = [torch.ones(t.channels, device=starts[0].device) for t in joined]
@@ -449,54 +443,31 @@ def _for_noise(
     return {**published, **dict(zip(names, found_logs, strict=True))}, [LogEntry("equalize", None, text)]
 
 
-def _applied(m: QModel, found: list[Pair], factors: dict[str, Tensor]) -> QModel:
+def _applied(m: QModel, links: list[Link], factors: dict[str, Tensor]) -> QModel:
     """The model with scaled weights, biases, moments and limits."""
     graph, params, moments = editable(m.graph), dict(m.parameters), dict(m.moments)
     nodes = by_value(graph)
-    for pair in found:
-        name = value_name(pair.first)
-        s = factors.get(name)
+    for link in links:
+        s = factors.get(value_name(link.writers[0]))
         if s is None:
             continue
-        first, bias, second = (str(n.target) if n is not None else "" for n in _parameters(pair))
-        params[first] = _scaled_outputs(pair.first, params[first], s)
-        if bias:
-            params[bias] = params[bias] * s
-        params[second] = _scaled_inputs(pair, params[second], 1 / s)
-        if name in moments:
-            moments[name] = Moments(moments[name].mean * s, moments[name].std * s)
-        for node, carried in zip(pair.between, pair.carried, strict=True):
-            if kind(node) is Kind.CLAMP:
-                _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
-    return replace(m, graph=graph, params=params, tuned={}, moments=moments)
-
-
-def _streamed(m: QModel, sums: list[Stream], factors: dict[str, Tensor]) -> QModel:
-    """The model with the factors of its streams."""
-    graph, params, moments = editable(m.graph), dict(m.parameters), dict(m.moments)
-    nodes = by_value(graph)
-    for stream in sums:
-        s = factors.get(value_name(stream.writers[0]))
-        if s is None:
-            continue
-        for layer in stream.writers:
-            name, weight, bias = value_name(layer), weight_of(layer), bias_of(layer)
-            params[str(weight.target)] = _scaled_outputs(layer, params[str(weight.target)], s)  # type: ignore[union-attr]
+        for layer in link.writers:
+            name, weight, bias = value_name(layer), _weight_name(layer), bias_of(layer)
+            params[weight] = _scaled_outputs(layer, params[weight], s)
             if bias is not None:
                 params[str(bias.target)] = params[str(bias.target)] * s
             if name in moments:
                 moments[name] = Moments(moments[name].mean * s, moments[name].std * s)
-        for layer, source in stream.readers:
-            name, each = str(weight_of(layer).target), 1 / s[source.to(s.device)]  # type: ignore[union-attr]
-            w = params[name]
-            params[name] = unblocks(layer, blocks(layer, w) * per_input(layer, each), w.shape)
-        for node, carried in stream.clamps:
+        for layer, source in link.readers:
+            weight = _weight_name(layer)
+            params[weight] = _scaled_inputs(layer, source, params[weight], 1 / s)
+        for node, carried in link.clamps:
             _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
     return replace(m, graph=graph, params=params, tuned={}, moments=moments)
 
 
-def _parameters(pair: Pair) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
-    return weight_of(pair.first), bias_of(pair.first), weight_of(pair.second)
+def _weight_name(layer: fx.Node) -> str:
+    return str(weight_of(layer).target)  # type: ignore[union-attr]
 
 
 def _scale_limits(graph: fx.Graph, node: fx.Node, s: Tensor, params: dict[str, Tensor]) -> None:
