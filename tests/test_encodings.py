@@ -123,8 +123,12 @@ def test_a_code_stands_for_scale_times_code_plus_offset(model: hb.QModel, tmp_pa
         assert grid is not None and row["offset"] == [-int(grid.zero)] and not row["is_sym"]
         assert row["scale"][0] * (255 + row["offset"][0]) == pytest.approx(float(grid.maximum))
     row = by_name(found["param_encodings"])["second.weight"]
-    assert row["bw"] == 4 and row["is_sym"] and row["enc_type"] == "PER_CHANNEL"
-    assert row["offset"] == [-8] * 8 and row["scale"] == pytest.approx(model.grid("second.weight").scale.tolist())
+    assert row["bw"] == 4 and not row["is_sym"] and row["enc_type"] == "PER_CHANNEL"
+    grid = model.grid("second.weight")
+    assert row["offset"] == [-8 - z for z in grid.zero.tolist()] and row["scale"] == pytest.approx(grid.scale.tolist())
+    assert [s * o for s, o in zip(row["scale"], row["offset"], strict=True)] == pytest.approx(grid.minimum.tolist())
+    row = by_name(found["param_encodings"])["first.weight"]
+    assert row["bw"] == 8 and row["is_sym"] and set(row["offset"]) == {-128}
 
 
 def test_weights_of_the_file_lie_on_their_grids(model: hb.QModel, tmp_path: Path) -> None:

@@ -324,9 +324,13 @@ def test_widths(weights: int, activations: int, container: str, tmp_path: Path) 
     packed = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT4]
     assert len(packed) == (5 if weights <= 4 and container == "packed" else 0)
     codes = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("weight:codes")]
-    limit = 2 ** (weights - 1) - 1
     assert codes
-    assert all(np.abs(c.astype(int)).max() <= limit for c in codes)
+    flat = [c.astype(int).reshape(len(c), -1) for c in codes]
+    if weights > 6:  # symmetric
+        assert all(np.abs(c).max() <= 2 ** (weights - 1) - 1 for c in flat)
+    else:
+        assert all(np.ptp(c, axis=1).max() <= 2**weights - 1 for c in flat)
+        assert any(np.ptp(c, axis=1).max() > 2**weights - 2 for c in flat), "all codes are in use"
 
 
 def test_power_of_two_scales_meet_ties(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Which values get a grid, which share one, which stay in float, and why."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import halfbyte as hb
+from halfbyte import engine
 from halfbyte.errors import PlacementError
-from halfbyte.targets import ONNXRUNTIME, ONNXRUNTIME_PER_TENSOR
+from halfbyte.lower import lower
+from halfbyte.targets import GENERIC, ONNXRUNTIME, ONNXRUNTIME_PER_TENSOR, find
 
 
 class Net(nn.Module):
@@ -240,3 +243,47 @@ def test_sparing_never_narrows_and_yields_to_overrides() -> None:
     found = widths(given)
     assert (found["a.weight"], found["relu"]) == (3, 6)
     assert found["b.weight"] == 8, "the last layer that runs in integers"
+
+
+@pytest.mark.parametrize("target", [ONNXRUNTIME, ONNXRUNTIME_PER_TENSOR, GENERIC])
+def test_weights_of_few_bits_have_zero_points_where_the_target_takes_them(target: hb.Target) -> None:
+    net = nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(5))).eval()
+    m = hb.capture(net, torch.randn(2, 4, 3, 3))
+    widths = {"0": 2, "1": 4, "2": 6, "3": 7, "4": 8}
+
+    def formats(**options: bool) -> dict[str, hb.Format | None]:
+        overrides = {name: hb.bits(w, 8) for name, w in widths.items()}
+        plan = hb.place(m, target, overrides=overrides, **options).plan
+        return {name: plan[f"{name}.weight"] for name in widths}
+
+    for name, form in formats().items():
+        assert form is not None and form.bits == widths[name] and form.signed
+        assert form.symmetric == form.narrow == (widths[name] > 6 or target is GENERIC)
+    assert all(f is not None and f.symmetric and f.narrow for f in formats(symmetric_weights=True).values())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_zero_point_lowers_the_error_of_lopsided_weights(bits: int, per_channel: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
+    with torch.no_grad():
+        each = torch.tensor([-0.3, -0.15, 0.0, 0.15, 0.3]).reshape(5, 1, 1, 1)
+        net[2].weight.add_(each if per_channel else 0.15)
+    x = torch.randn(16, 4, 9, 9)
+    m = hb.capture(net, x)
+    target = find("onnxruntime" if per_channel else "onnxruntime-per-tensor", saturates=engine.saturates())
+
+    def made(symmetric: bool) -> tuple[hb.QModel, float]:
+        placed = hb.place(m, target, weight_bits=bits, uniform=True, symmetric_weights=symmetric)
+        q = hb.calibrate(placed, [(x,)])
+        w, grid = q.parameters["2.weight"], q.grids["2.weight"]
+        return q, float((hb.fake_quantize(w, grid) - w).square().sum())
+
+    q, error = made(False)
+    assert error < 0.9 * made(True)[1]
+    assert q.grids["2.weight"].zero.any()
+    codes = lower(q).params["2.weight:codes"].int().reshape(5 if per_channel else 1, -1)
+    assert int((codes.amax(1) - codes.amin(1)).max()) <= 2**bits - 1, "as many levels as bits"
+    assert not lower(q).params["2.weight:zero"].any(), "kernels see codes less zero-point"
+    assert hb.export_onnx(q, tmp_path / "net.onnx").proven

@@ -44,12 +44,12 @@ def test_escalates_and_keeps_the_best(model: QModel) -> None:
     x, y = pixels(400, 8)
     validation = [((prepared(x),), y)]
     found = search(
-        model, data(96), max_drop=1e-3, validation=validation, weight_bits=3, target=ONNXRUNTIME_AVX2, samples=96
+        model, data(96), max_drop=1e-3, validation=validation, weight_bits=2, target=ONNXRUNTIME_AVX2, samples=96
     )
     assert not found.reached
     assert found.labelled
     names = [a.name for a in found.attempts]
-    assert names[:3] == ["plain 3 bits", "3 bits, equalized and corrected", "3 bits, weights by descent"]
+    assert names[:3] == ["plain 2 bits", "2 bits, equalized and corrected", "2 bits, weights by descent"]
     assert any("layers with 8-bit weights" in n for n in names)
     assert "not reached" in found.verdict and "train" in found.verdict
     assert found.chosen.points == min(a.points for a in found.attempts)

@@ -44,12 +44,14 @@ def data(count: int = 48) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-def calibrated(target: str = "onnxruntime", net: nn.Module | None = None, bits: int = 4) -> hb.QModel:
+def calibrated(
+    target: str = "onnxruntime", net: nn.Module | None = None, bits: int = 4, *, symmetric: bool = False
+) -> hb.QModel:
     torch.manual_seed(4)
     x = data()
     m = hb.capture((net or Net()).eval(), x[:2])
     where = find(target, saturates=engine.saturates())
-    placed = hb.place(m, where, weight_bits=bits, activation_bits=bits, uniform=False)
+    placed = hb.place(m, where, weight_bits=bits, activation_bits=bits, uniform=False, symmetric_weights=symmetric)
     return hb.calibrate(placed, [(x,)])
 
 
@@ -86,7 +88,7 @@ def test_the_float_network_stays(base: hb.QModel, share: float, activations: flo
 
 
 def test_every_sum_is_proven_in_the_engine(base: hb.QModel, tmp_path: Path) -> None:
-    split = hb.split_tensor(base, [(data(),)], share=0.5, activations=1.0)
+    split = hb.split_tensor(base, [(data(),)], share=0.8, activations=1.0)
     split_layers = {e.value for e in split.log if e.stage == "split_tensor" and "kernels" in e.figures and e.value}
     assert split_layers == {"plain", "depthwise", "grouped", "hidden"}
     parity = hb.export_onnx(split, tmp_path / "net.onnx")
@@ -157,7 +159,9 @@ def test_accumulators_of_convolutions_are_exact(base: hb.QModel) -> None:
         assert torch.equal(seen[name], expected.clamp(out.lo, out.hi))
 
 
-def test_more_tensors_less_noise(base: hb.QModel) -> None:
+def test_more_tensors_less_noise() -> None:
+    base = calibrated(symmetric=True)
+
     def made(share: float, activations: float) -> float:
         return noise(hb.split_tensor(base, [(data(),)], share=share, activations=activations))
 
@@ -167,14 +171,16 @@ def test_more_tensors_less_noise(base: hb.QModel) -> None:
     assert both < min(kernels, values)
 
 
-def test_one_scale_for_a_whole_weight_gets_a_second_one_too() -> None:
-    m = calibrated("onnxruntime-per-tensor")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_scale_for_a_whole_weight_gets_a_second_one_too(symmetric: bool) -> None:
+    m = calibrated("onnxruntime-per-tensor", symmetric=symmetric)
     split = hb.split_tensor(m, [(data(),)], share=1.0)
     entries = [e for e in split.log if e.stage == "split_tensor" and e.value]
     assert {e.value for e in entries} >= {"plain", "hidden"}
     assert all(e.figures["after"] < e.figures["before"] for e in entries)
     assert split.grids["plain.weight:second"].scale.ndim == 0
-    assert torch.equal(split.grids["plain.weight"].scale, m.grids["plain.weight"].scale)
+    assert torch.equal(split.grids["plain.weight"].scale, m.grids["plain.weight"].scale) == symmetric
+    assert not split.grids["plain.weight"].zero.any()
     assert noise(split) < noise(m)
 
 

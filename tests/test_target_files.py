@@ -27,6 +27,7 @@ def test_a_file_inherits_and_changes(tmp_path: Path) -> None:
         per_channel=False,
         widths=(4, 8),
         narrow_products=True,
+        asymmetric_weights=True,
     )
     assert not find(written(tmp_path, 'name = "other"'), saturates=False).narrow_products
     assert find(written(tmp_path, 'base = "openvino-vnni"'), saturates=True).engine == "openvino"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from halfbyte.affine import expand, quantize
 from halfbyte.formats import Bits, Format, container_bits
 from halfbyte.graph import bias_of, by_value, layers, macs, tensor_inputs, tensors, weight_of
 from halfbyte.model import QModel, value_name
@@ -102,6 +103,7 @@ def costs(candidates: Candidates, *, latency: Latency | None = None) -> CostTabl
     u, m = units(candidates), candidates[max(candidates)]
     nodes, stored = by_value(m.graph), set()
     rows: list[CostRow] = []
+    made = {pair.weights: candidate for pair, candidate in candidates.items()}
     for reader in u.readers:
         layer = nodes[reader.name]
         for w in u.widths[reader.weight]:
@@ -109,7 +111,7 @@ def costs(candidates: Candidates, *, latency: Latency | None = None) -> CostTabl
                 seconds = None if latency is None or a > 16 else latency(m, layer, Bits(w, a))
                 if latency is not None and seconds is None:
                     seconds = latency(m, layer, None)
-                rows.append(_row(m, layer, reader, w, a, seconds, first=reader.weight not in stored))
+                rows.append(_row(made[w], layer, reader, w, a, seconds, first=reader.weight not in stored))
         stored.add(reader.weight)
     grids = {unit: _grid_sizes(candidates, u, unit) for unit in u.groups}
     timed = {"latency": sum(latency(m, nodes[r.name], None) for r in u.readers)} if latency is not None else {}
@@ -128,6 +130,21 @@ def code_bytes(count: int, bits: int, *, signed: bool = True) -> int:
     return (count + 1) // 2 if bits <= 4 and signed else count * container_bits(bits) // 8
 
 
+def zero_point_bytes(m: QModel, value: str, name: str) -> int:
+    """Bytes of what zero-points take off the codes of a weight that is stored in pairs: a number for each scale, where any is needed.
+
+    Without a grid yet, as many as there may be.
+    """
+    form, grid, w = m.plan[value], m.grid(value), m.parameters[name]
+    if form is None or form.symmetric or form.bits > 4:
+        return 0
+    if grid is not None:
+        codes = quantize(w, grid) - expand(grid.zero.float(), grid, w)
+        if float((codes + 0.5).abs().max()) < 8:  # all in -8..7
+            return 0
+    return 1 if form.axis is None else w.shape[form.axis]
+
+
 def _row(m: QModel, layer: fx.Node, reader: Reader, w: int, a: int, seconds: float | None, *, first: bool) -> CostRow:
     weight, bias, form = weight_of(layer), bias_of(layer), m.plan[reader.weight]
     assert weight is not None and form is not None
@@ -141,6 +158,7 @@ def _row(m: QModel, layer: fx.Node, reader: Reader, w: int, a: int, seconds: flo
     logical = 32 * biases
     if first:
         size += code_bytes(values.numel(), w) + scales * (4 + container_bits(w) // 8)
+        size += zero_point_bytes(m, reader.weight, str(weight.target))
         logical += values.numel() * w
     return CostRow(reader.name, reader.weight, reader.group, w, a, size, logical, macs(layer) * w * a, seconds)
 

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnxscript import opset21 as op
 from torch import fx
 
@@ -354,20 +356,46 @@ def _strides_to_pools(model: ir.Model) -> None:
 
 
 def _pack(model: ir.Model) -> None:
-    """Weights of 4 and fewer bits become INT4 tensors, cast to INT8; the engine folds the cast when it loads the file."""
-    for node in list(model.graph):
+    """Weights of 4 and fewer bits become INT4 tensors, cast to INT8; the engine folds the cast when it loads the file.
+
+    With zero-points, codes reach beyond INT4; these are stored beside it, a number for each channel, and folded in as well.
+    """
+    for at, node in enumerate(list(model.graph)):
         codes = node.inputs[0] if int(node.metadata_props.get(_BITS, 8)) <= 4 else None
         if codes is None or codes.const_value is None or codes.dtype is not ir.DataType.INT8:
             continue
-        stored = codes.const_value.numpy().astype(ir.DataType.INT4.numpy())
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else None
+        whole = codes.const_value.numpy()
+        shift = _beyond_int4(whole, axis)
+        stored = (whole - shift).astype(ir.DataType.INT4.numpy())
         codes.const_value = ir.Tensor(stored, dtype=ir.DataType.INT4, name=codes.name)
         codes.dtype = ir.DataType.INT4
-        cast = ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=f"{codes.name}:unpacked")
-        cast.outputs[0].name = cast.name
-        model.graph.insert_before(node, cast)
-        for user, index in list(codes.uses()):
-            if user is not cast:
-                user.replace_input_with(index, cast.outputs[0])
+        users = list(codes.uses())
+        name = f"{codes.name}:unpacked"
+        if shift.any():  # engines add no 8-bit integers
+            offset = ir.Value(name=f"{codes.name}:offset", const_value=ir.Tensor(shift), shape=ir.Shape(shift.shape))
+            offset.dtype = ir.DataType.INT8
+            model.graph.initializers.add(offset)
+            made = [ir.node("Cast", [t], {"to": ir.DataType.FLOAT}) for t in (codes, offset)]
+            made.append(ir.node("Add", [t.outputs[0] for t in made]))
+            made.append(ir.node("Cast", made[-1].outputs, {"to": ir.DataType.INT8}, name=name))
+        else:
+            made = [ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=name)]
+        for i, new in enumerate(made):
+            new.outputs[0].name = (
+                name if new is made[-1] else f"{at}:{i}"
+            )  # short, for names are most of what they cost
+            model.graph.insert_before(node, new)
+        for user, index in users:
+            user.replace_input_with(index, made[-1].outputs[0])
+
+
+def _beyond_int4(codes: NDArray[np.int8], axis: int | None) -> NDArray[np.int8]:
+    """What to take off the codes, of each channel along ``axis``, so that they lie in -8..7; shaped to broadcast."""
+    others = None if axis is None else tuple(d for d in range(codes.ndim) if d != axis)
+    highest, lowest = (f(codes, axis=others, keepdims=True) for f in (np.max, np.min))
+    found: NDArray[np.int8] = np.where(highest > 7, highest - 7, np.where(lowest < -8, lowest + 8, 0)).astype(np.int8)
+    return found
 
 
 def _strip(model: ir.Model, metadata: Mapping[str, str]) -> None:

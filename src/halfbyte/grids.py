@@ -15,6 +15,7 @@ _SMALLEST = 1e-8  # a scale relative to float32: below it codes would be noise
 _CANDIDATES = 40  # thresholds tried between none and all of the range, then refined around the best
 _SAMPLED = 1 << 14  # values of a row that a search looks at
 _NET_STEP, _HALVINGS, _FITS = 1.03, 4, 3  # of the search for the range of a row
+_TURNS, _END_FACTORS = 2, (0.7, 0.85, 0.93, 1.07, 1.18, 1.4)  # then of each end of an asymmetric one
 _SEARCHED_BITS = 10  # a histogram of 2048 bins can tell apart grids of this width, not finer ones
 
 
@@ -123,9 +124,9 @@ def weight_grid(w: Tensor, form: Format, threshold: Tensor, pairs: Tensor | None
 
 
 def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
-    """The grid of an asymmetric parameter whose rows keep ``share`` [rows] of their range."""
-    flat = rows(w, form)
-    lo, hi = flat.amin(1).clamp(max=0) * share, flat.amax(1).clamp(min=0) * share
+    """The grid of an asymmetric parameter whose rows keep ``share`` of their range: [rows], or [2, rows] of either end."""
+    flat, (low, high) = rows(w, form), share.expand(2, -1)
+    lo, hi = flat.amin(1).clamp(max=0) * low, flat.amax(1).clamp(min=0) * high
     scale = (hi - lo) / (form.hi - form.lo)
     scale = torch.where(hi > lo, scale, torch.ones_like(scale))
     if form.power_of_two:
@@ -137,7 +138,10 @@ def _asymmetric_weight(w: Tensor, form: Format, share: Tensor) -> Grid:
 
 
 def _row_grid(w: Tensor, form: Format, share: Tensor, pairs: Tensor | None, largest: Tensor | None = None) -> Grid:
-    """The grid that keeps ``share`` of each row's range; ``largest`` [rows] saves looking for the largest magnitudes again."""
+    """The grid that keeps ``share`` of each row's range: [rows], or [2, rows] of either end where asymmetric.
+
+    largest: [rows], which saves looking for the largest magnitudes again.
+    """
     if form.symmetric:
         return weight_grid(w, form, (rows(w, form).abs().amax(1) if largest is None else largest) * share, pairs)
     return _asymmetric_weight(w, form, share)
@@ -256,7 +260,8 @@ class MSE:
 
     def weight(self, w: Tensor, form: Format, pairs: bool, power: Tensor | None = None) -> Grid:
         """Grid by a search for each row: a net of shares of the range, steps halved around the best, then scale and codes fitted
-        to each other in turn. The error is not convex, so the net is what finds the right valley.
+        to each other in turn. The error is not convex, so the net is what finds the right valley. Asymmetric, each end in turn
+        then goes its own way.
         """
         two = _two_largest(w, form) if pairs else None
         part, flat_form, weighted = _sampled(w, form, power)
@@ -276,7 +281,19 @@ class MSE:
                 best, least = self._better(searched, (best * factor).clamp(max=1.0), best, least)
         for _ in range(_FITS):
             best, least = self._better(searched, searched.fitted(best), best, least)
+        if not form.symmetric:
+            best = self._each_end(searched, best, least)
         return _row_grid(w, form, best, two)
+
+    def _each_end(self, searched: _Rows, share: Tensor, least: Tensor) -> Tensor:
+        """[2, rows]: shares of the least and the greatest value, from one share [rows] of both."""
+        best = share.expand(2, -1)
+        for end in (0, 1) * _TURNS:
+            for factor in _END_FACTORS:
+                tried = best.clone()
+                tried[end] = (tried[end] * factor).clamp(max=1.0)
+                best, least = self._better(searched, tried, best, least)
+        return best
 
     @staticmethod
     def _better(searched: _Rows, share: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:

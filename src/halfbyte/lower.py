@@ -13,7 +13,7 @@ from halfbyte.affine import Grid, quantize
 from halfbyte.calibrate import missing_grids
 from halfbyte.errors import PlacementError
 from halfbyte.formats import container_bits
-from halfbyte.graph import LAYERS, bias_of, drop_dead, weight_of
+from halfbyte.graph import LAYERS, bias_of, drop_dead, layers, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import (
     CLIP_CODES,
@@ -111,12 +111,20 @@ def code_dtype(m: QModel, value: str) -> torch.dtype:
     return _DTYPES[container_bits(form.bits), form.signed]
 
 
+def _from_zero(grid: Grid) -> Grid:
+    """The same numbers by codes less zero-point: an engine multiplies weights that need none fastest."""
+    if grid.group is not None or not bool(grid.zero.any()):
+        return grid
+    return replace(grid, zero=torch.zeros_like(grid.zero), lo=grid.lo - grid.zero, hi=grid.hi - grid.zero)
+
+
 def lower(m: QModel) -> QModel:
     """Make every quantization explicit. Raises :class:`PlacementError` if the model is not calibrated."""
     missing = missing_grids(m) if m.plan else ["(everything)"]
     if missing:
         raise PlacementError(f"value '{missing[0]}' has a format but no grid: calibrate the model before it is lowered")
-    low = _Lowering(m)
+    weights = {value_name(w) for n in layers(m.graph) if (w := weight_of(n)) is not None and m.plan.get(value_name(w))}
+    low = _Lowering(replace(m, grids={k: _from_zero(g) if k in weights else g for k, g in m.grids.items()}))
     for node in m.graph.nodes:
         _lower_node(low, node)
     drop_dead(low.graph)

@@ -88,13 +88,15 @@ def place(
     activation_bits: int = 8,
     uniform: bool = True,
     narrow: bool = False,
+    symmetric_weights: bool = False,
     overrides: Overrides | None = None,
 ) -> QModel:
     """Give every value that the target can use in integers a format.
 
     weight_bits, activation_bits: widths. uniform: every layer gets them; else the first and the last layer keep 8 bits where
     fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. narrow: layers get
-    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. overrides: glob
+    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. symmetric_weights: none has a
+    zero-point, though the target takes them at few bits. overrides: glob
     over values and modules, or ``type:conv`` -> None to keep operations in float, :class:`Bits` for the weights of the layers
     that it matches and for what they read (for the values, where it matches no layer), or a :class:`Format`, whose width counts
     for the values that it matches. Values that stay in float are in the plan as None,
@@ -114,10 +116,12 @@ def place(
     if narrow or (not uniform and activation_bits < _SPARED_BITS):
         _insert_narrow(m.graph, marks)
     plan: dict[str, Format | None] = {}
+    axes: dict[str, int | None] = {}
     log: list[LogEntry] = []
     for node in m.graph.nodes:
         weight = weight_of(node) if kind(node) in COMPUTE[:3] else None
         if weight is not None and (node in marks.integer or _stored_only(node, marks)):
+            axes[value_name(weight)] = _scale_axis(node)
             plan[value_name(weight)] = weight_format(target, weight_bits, _scale_axis(node))
             if node not in marks.integer:
                 log.append(
@@ -132,6 +136,9 @@ def place(
     log += apply_overrides(m.graph, plan, ties, overrides)
     log += _in_accumulators(m.graph, plan, marks)
     log += _left_in_float(m.graph, plan, marks)
+    for name, axis in axes.items():  # what the width decides, by the width that the weight has got
+        if (form := plan[name]) is not None:
+            plan[name] = weight_format(target, form.bits, axis, symmetric=symmetric_weights)
     if not any(plan.values()):
         raise PlacementError(
             "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfbyte.affine import Grid
+from halfbyte.costs import zero_point_bytes
 from halfbyte.formats import Format
-from halfbyte.graph import bias_of, layers, tensors
+from halfbyte.graph import bias_of, layers, tensors, weight_of
 from halfbyte.lower import lower
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import DEQUANTIZE
@@ -28,6 +29,11 @@ def sizes(placed: QModel, container: str = "packed") -> Sizes:
     low = lower(replace(placed, grids=_any_grids(placed)))
     nodes = sum(1 for n in low.graph.nodes if n.op == "call_function")
     stored = _stored_bytes(low, packed=container == "packed")
+    if container == "packed":
+        weights = {
+            w for n in layers(placed.graph) if (w := weight_of(n)) is not None and placed.plan.get(value_name(w))
+        }
+        stored += sum(zero_point_bytes(placed, value_name(w), str(w.target)) for w in weights)
     return Sizes(_logical_bits(placed) // 8, stored + _NODE_BYTES * nodes, nodes)
 
 

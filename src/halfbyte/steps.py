@@ -115,7 +115,7 @@ def _absorb(m: QModel, c: Context) -> QModel:
     return absorb_bias(m, None if m.moments else c.few() or None)
 
 
-def place_step(m: QModel, c: Context) -> QModel:
+def place_step(m: QModel, c: Context, *, symmetric_weights: bool = False) -> QModel:
     mixed = c.choosing is not None and len(c.choosing.activations) > 1
     return place(
         m,
@@ -125,6 +125,7 @@ def place_step(m: QModel, c: Context) -> QModel:
         overrides=c.overrides,
         uniform=c.uniform,
         narrow=mixed and not c.uniform,
+        symmetric_weights=symmetric_weights,
     )
 
 

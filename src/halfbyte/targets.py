@@ -28,12 +28,15 @@ _ONNXRUNTIME_KERNELS = frozenset(
     )
 )
 
+_ASYMMETRIC_BITS = 6
+
 ONNXRUNTIME = Target(
     name="onnxruntime-vnni",
     engine="onnxruntime",
     integer=_ONNXRUNTIME_KERNELS,
     float_output=frozenset({Kind.LINEAR.value, Kind.MATMUL.value}),
     widths=tuple(range(2, 9)),
+    asymmetric_weights=True,
 )
 ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME, name="onnxruntime-avx2", narrow_products=True)
 ONNXRUNTIME_PER_TENSOR = replace(ONNXRUNTIME, name="onnxruntime-per-tensor-vnni", per_channel=False)
@@ -146,6 +149,11 @@ def activation_format(target: Target, bits: int) -> Format:
     return Format(bits, signed=target.signed_activations)
 
 
-def weight_format(target: Target, bits: int, axis: int | None) -> Format:
-    """The format of a weight: signed, symmetric, without the most negative code, per channel where the target can."""
-    return Format(bits, signed=True, symmetric=True, narrow=True, axis=axis if target.per_channel else None)
+def weight_format(target: Target, bits: int, axis: int | None, *, symmetric: bool = False) -> Format:
+    """The format of a weight: signed, per channel where the target can.
+
+    Symmetric without the most negative code; with a zero-point where there are few bits and the target takes it, unless
+    ``symmetric``: then a code less its zero-point fits 7 bits with sign, and two products with 8 bits fit 16.
+    """
+    free = target.asymmetric_weights and bits <= _ASYMMETRIC_BITS and not symmetric
+    return Format(bits, signed=True, symmetric=not free, narrow=not free, axis=axis if target.per_channel else None)

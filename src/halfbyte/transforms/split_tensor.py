@@ -142,7 +142,7 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
     if value_name(weight).endswith(SECOND) or f"{value_name(weight)}{SECOND}" in m.params:  # type: ignore[arg-type]
         return "it has second tensors already"
     form = m.plan[value_name(weight)]  # type: ignore[arg-type]
-    return "" if form is not None and form.symmetric and form.group is None else "its weight is not symmetric"
+    return "" if form is not None and form.group is None else "its weight has a scale for each group of values"
 
 
 def _kernels_split(m: QModel, inputs: InputMoments, share: float) -> QModel:
@@ -202,24 +202,27 @@ def _split_layer(edit: Edit, c: _Candidate, kernels: Tensor) -> None:
     weight = weight_of(c.layer)
     assert weight is not None
     name, w = str(weight.target), edit.params[str(weight.target)]
-    part, power, form = c.weight[kernels], c.power[kernels], replace(c.form, axis=0)
-    single = c.form.axis is None
+    part, power, form = c.weight[kernels], c.power[kernels], replace(c.form, axis=0, symmetric=True, narrow=True)
+    single, whole = c.form.axis is None, c.grid
     if single:  # one scale for the layer: the first one stays, for the other kernels have it too
         part, power = part.reshape(1, -1), power.reshape(1, -1)
-    scale = c.grid.scale.reshape(1) if single else c.grid.scale[kernels]
+        if not c.form.symmetric:
+            whole = MSE().weight(w, replace(form, axis=None), False, c.power.reshape(w.shape))
+            edit.plan[value_name(weight)] = replace(form, axis=None)
+    scale = whole.scale.reshape(1) if single else MSE().weight(part, form, False, power).scale
     found = dual(part, form, scale, power=power, fixed=single)
     second = found.parts[1].reshape(len(kernels), *w.shape[1:])
     first = w.clone()
     first[kernels] = w[kernels] - second
     edit.params[name] = first
-    scales = c.grid.scale.clone()
+    scales, zeros = whole.scale.clone(), whole.zero.clone()
     if not single:
-        scales[kernels] = torch.maximum(found.first, _floor(edit.m, c.layer)[kernels])
-    edit.grids[value_name(weight)] = replace(c.grid, scale=scales)
+        scales[kernels], zeros[kernels] = torch.maximum(found.first, _floor(edit.m, c.layer)[kernels]), 0
+    edit.grids[value_name(weight)] = replace(whole, scale=scales, zero=zeros)
     alpha = found.second.reshape(()) if single else found.second
     zero, low, high = (torch.full_like(alpha, v, dtype=torch.int32) for v in (0, form.lo, form.hi))
     edit.grids[name + SECOND] = Grid(alpha, zero, low, high, axis=None if single else 0)
-    edit.plan[name + SECOND] = c.form
+    edit.plan[name + SECOND] = replace(form, axis=c.form.axis)
     add_second(edit, c.layer, kernels, second.contiguous())
     before, after = c.error(w, c.grid), c.error(first, edit.grids[value_name(weight)])
     bytes_, work = c.cost(len(kernels))
