@@ -1,6 +1,7 @@
 """BENCHMARKS.md from the files in benchmarks/results: ``python benchmarks/tables.py``."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,11 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "Recipe `low-bit` with each way to round the weights. The first and the last layer keep 8 bits, except in rows named",
         "*uniform*. Every file is proven equal to the integer simulation and scored in ONNX Runtime; W4A32 is weights alone, by the",
         "fake-quantizing float simulation. *Passes*: seconds over those of a float pass over the calibration images, timed just",
-        "before on the same machine by Halfbyte itself (on the ImageNet networks in about half the time that the module takes, so",
-        "that passes of rows with an older, slower float pass look fewer). *Gain*: mean over the layers (or blocks) of log10 of the",
-        "noise on held-out samples after the",
-        "method over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was",
-        "taken. Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work",
-        "ran on the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it.",
+        "before on the same machine by Halfbyte itself (the first row of a network in a process that has just started, where the",
+        "pass takes longer). *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the method",
+        "over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was taken.",
+        "Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work ran on",
+        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
@@ -335,6 +335,34 @@ def _budget_row(row: dict[str, Any]) -> str:
     )
 
 
+def faults(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## Faults planted into real networks", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/faults.py`."]
+    out += [
+        "Each fault alone, into networks on which nothing in the diagnosis was set; EfficientNet-lite1 and 2 come from PyPI. What",
+        "`hb.diagnose` names first, without repairs tried.",
+        "",
+        "| fault | " + " | ".join(f["network"] for f in found) + " |",
+        "|---" * (1 + len(found)) + "|",
+    ]
+    named = [{row["fault"]: row for row in f["rows"]} for f in found]
+    for fault in dict.fromkeys(k for n in named for k in n):
+        cells = [_named(n.get(fault)) for n in named]
+        out.append(f"| {fault} | " + " | ".join(cells) + " |")
+    rows = [row for f in found for row in f["rows"]]
+    right = sum(row["named"] == row["expected"] for row in rows)
+    return [
+        *out,
+        "",
+        f"{right} of {len(rows)} named first, {statistics.median(r['seconds'] for r in rows):.0f} s each (median).",
+    ]
+
+
+def _named(row: dict[str, Any] | None) -> str:
+    return "" if row is None else "named first" if row["named"] == row["expected"] else f"*{row['named']}*"
+
+
 def ranges(found: list[dict[str, Any]]) -> list[str]:
     out = ["## Range rules, weights or running values alone", ""]
     if not found:
@@ -420,6 +448,8 @@ def main() -> None:
         *dfq(read("dfq-*.json")),
         "",
         *ranges(read("ranges-*.json")),
+        "",
+        *faults(read("faults-*.json")),
         "",
     ]
     (HERE.parent / "BENCHMARKS.md").write_text("\n".join(lines))

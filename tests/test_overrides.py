@@ -10,7 +10,7 @@ from torch import nn
 import halfbyte as hb
 from halfbyte.errors import PlacementError, UsageError
 from halfbyte.overrides import parse_overrides
-from halfbyte.plan import plan
+from halfbyte.plan import plan_job
 from halfbyte.settings import Settings
 from halfbyte.targets import GENERIC, ONNXRUNTIME
 from tiny import files, halfbyte, network, quantized
@@ -129,7 +129,7 @@ def test_planned_sizes_are_those_of_the_file(tmp_path: Path, bits: str) -> None:
         else quantized(tmp_path)
     )
     described = json.loads((out / "summary.json").read_text())
-    found = plan(
+    found = plan_job(
         Settings(network=network(tmp_path, "pair"), calibration="x", output="x", bits=bits, uniform=bits != "W8A8")
     )
     assert found.logical_bytes == described["size"]["logical_bits"] // 8
@@ -139,3 +139,21 @@ def test_planned_sizes_are_those_of_the_file(tmp_path: Path, bits: str) -> None:
     assert found.file_bytes == pytest.approx(
         (out / "model.onnx").stat().st_size, rel=0.3
     )  # of a tiny network, most is names
+
+
+def test_a_plan_in_python_is_what_quantize_does(model: hb.QModel) -> None:
+    x = torch.randn(16, 3, 6, 6)
+    options = {"bits": "W4A8", "keep_float": ["head"], "overrides": {"body": hb.bits(8, 8)}}
+    found, done = hb.plan(model, x, **options), hb.quantize(model, x, **options)
+    assert found.recipe == "low-bit" and hb.plan(model, x).recipe == "default" and hb.plan(model).recipe == "dfq"
+    for row in found.layers:
+        form = done.plan.get(f"{row.name}.weight")
+        assert row.weight_bits == (32 if form is None else form.bits)
+    assert {"stem.2": 4, "body": 8, "head": 32}.items() <= {r.name: r.weight_bits for r in found.layers}.items()
+    assert hb.plan(model, x, bits="W4A8").logical_bytes < hb.plan(model, x).logical_bytes
+    net = Net().eval()
+    assert [r.name for r in hb.plan(net, x).layers] == [r.name for r in found.layers]
+    with pytest.raises(UsageError, match="captured"):
+        hb.plan(net)
+    with pytest.raises(UsageError, match="no target"):
+        hb.plan(model, x, target="onnxrunime")

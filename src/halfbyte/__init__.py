@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from halfbyte.output import report
     from halfbyte.parity import Parity
     from halfbyte.place import place
+    from halfbyte.plan import Plan, plan
     from halfbyte.preprocess import Preprocess
     from halfbyte.prove import prove
     from halfbyte.quantize import quantize
@@ -124,6 +125,8 @@ _WHERE = {
     "Target": "model",
     "Parity": "parity",
     "place": "place",
+    "Plan": "plan",
+    "plan": "plan",
     "Preprocess": "preprocess",
     "quantize": "quantize",
     "tradeoff": "tradeoff",
@@ -176,6 +179,7 @@ __all__ = [
     "Parity",
     "ParityError",
     "Percentile",
+    "Plan",
     "Preprocess",
     "Problem",
     "QModel",
@@ -214,6 +218,7 @@ __all__ = [
     "lower",
     "output_loss",
     "place",
+    "plan",
     "predict",
     "propagate",
     "prove",

@@ -238,10 +238,10 @@ def quantize(
         say(quiet, f"no calibration data: {NO_DATA}")
     _announce(settings, quiet)
     if dry_run:
-        from halfbyte.plan import plan
+        from halfbyte.plan import plan_job
 
         with friendly_warnings(quiet):
-            planned = plan(settings)
+            planned = plan_job(settings)
         if settings.budget is not None:
             say(quiet, "the plan shows every layer at its narrowest widths; which it gets is chosen on data")
         show(as_json, quiet, planned.to_dict(), str(planned))

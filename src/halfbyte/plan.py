@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -9,12 +10,20 @@ import torch
 from torch import fx
 
 from halfbyte import engine
-from halfbyte.export_onnx import example_inputs
+from halfbyte.budgets import Budget
+from halfbyte.data import Source
+from halfbyte.export_onnx import Container, example_inputs
+from halfbyte.formats import Bits
 from halfbyte.graph import layers, macs, tensors, weight_of
 from halfbyte.job import chosen_recipe
-from halfbyte.model import LogEntry, QModel, value_name
+from halfbyte.model import LogEntry, QModel, Target, value_name
 from halfbyte.ops import base_name, is_tensor, kind
+from halfbyte.overrides import Overrides, parse_overrides
+from halfbyte.pipeline import choice_of, recipe_for
 from halfbyte.place import place
+from halfbyte.preprocess import Preprocess
+from halfbyte.quantize import Network, captured, widths_of
+from halfbyte.recipe import Recipe
 from halfbyte.run import run
 from halfbyte.settings import Settings, network_of
 from halfbyte.shown import Shown, aligned
@@ -97,30 +106,89 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def plan(settings: Settings) -> Plan:
-    """Capture the network and plan it as ``quantize`` would with these settings, on no data.
+def plan(
+    network: Network,
+    calibration: Source | None = None,
+    *,
+    target: str | Target = "onnxruntime",
+    recipe: str | Recipe | None = None,
+    bits: str | Bits | None = None,
+    weight_bits: int | Sequence[int] | None = None,
+    activation_bits: int | Sequence[int] | None = None,
+    budget: Budget | str | None = None,
+    overrides: Overrides | None = None,
+    keep_float: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    preprocess: Preprocess | None = None,
+    uniform: bool = False,
+    samples: int = 256,
+    batch: int = 32,
+    container: Container = "packed",
+    checkpoint: str | None = None,
+    trust: bool = False,
+) -> Plan:
+    """What :func:`quantize` would do with these options, which mean what they mean there, before it is done: ``--dry-run``.
 
-    One noise input is run through the float network to learn how long a pass takes. Raises what :func:`quantize_job` would
-    for options and networks that make no sense.
+    One noise input is run through the float network to learn how long a pass takes; of the calibration data only the first
+    samples are read, and only to capture a module. Raises what :func:`quantize` would for options and networks that make no sense.
     """
+    choice, _ = choice_of(*widths_of(bits, weight_bits, activation_bits), budget)
+    followed = recipe_for(recipe, data=calibration is not None, choice=choice)
+    start = time.perf_counter()
+    m = captured(network, calibration, checkpoint=checkpoint, trust=trust, preprocess=preprocess)
+    return _planned(
+        m,
+        followed,
+        find(target, saturates=engine.saturates()) if isinstance(target, str) else target,
+        Bits(min(choice.weights), min(choice.activations)),
+        overrides={**parse_overrides(tuple(keep_float), tuple(sets)), **(overrides or {})},
+        uniform=uniform,
+        samples=samples if calibration is not None else None,
+        batch=batch,
+        container=container,
+        captured_in=time.perf_counter() - start,
+    )
+
+
+def plan_job(settings: Settings) -> Plan:
+    """The same for the settings of a command."""
     recipe = chosen_recipe(settings)
     start = time.perf_counter()
-    captured = network_of(settings)
-    captured_in = time.perf_counter() - start
-    base = fold_batchnorm(captured)
-    bits = settings.narrowest
-    placed = place(
-        base,
+    m = network_of(settings)
+    return _planned(
+        m,
+        recipe,
         find(settings.target, saturates=engine.saturates()),
-        weight_bits=bits.weights,
-        activation_bits=bits.activations,
-        uniform=settings.uniform,
+        settings.narrowest,
         overrides=settings.overrides,
+        uniform=settings.uniform,
+        samples=settings.samples if settings.calibration is not None else None,
+        batch=settings.batch,
+        container=settings.container,
+        captured_in=time.perf_counter() - start,
     )
-    size = sizes(placed, settings.container)
+
+
+def _planned(
+    m: QModel,
+    recipe: Recipe,
+    target: Target,
+    bits: Bits,
+    *,
+    overrides: Overrides,
+    uniform: bool,
+    samples: int | None,
+    batch: int,
+    container: Container,
+    captured_in: float,
+) -> Plan:
+    base = fold_batchnorm(m)
+    wide = {"weight_bits": bits.weights, "activation_bits": bits.activations}
+    placed = place(base, target, uniform=uniform, overrides=overrides, **wide)  # type: ignore[arg-type]
+    size = sizes(placed, container)
     rows = tuple(_layer(placed, n) for n in layers(placed.graph))
     pass_seconds, live = _cost_of_a_pass(base)
-    samples = settings.samples if settings.calibration is not None else 4
+    samples = 4 if samples is None else samples
     solving = recipe.has("reconstruct")
     passes = samples * (_PASSES + (_SOLVING if solving else 0)) + _PROOF_SAMPLES * _PROOF_PASSES
     weights = sum(t.numel() * t.element_size() for t in base.params.values())
@@ -132,13 +200,13 @@ def plan(settings: Settings) -> Plan:
         overrides=tuple(
             f"{e.value}: {e.message}" if e.value else e.message for e in placed.log if e.stage == "override"
         ),
-        float_bytes=sum(t.numel() * t.element_size() for t in captured.params.values()),
+        float_bytes=sum(t.numel() * t.element_size() for t in m.params.values()),
         logical_bytes=size.logical_bytes,
         file_bytes=size.file_bytes,
         memory_bytes=int(
             psutil.Process().memory_info().rss
             + _PARAMETER_COPIES * weights
-            + _COPIES * live * min(settings.batch, samples)
+            + _COPIES * live * min(batch, samples)
         ),
         seconds=captured_in + pass_seconds * passes + _EXPORT_SECONDS * size.operations,
     )

@@ -93,7 +93,7 @@ def quantize(
     """
     if bits is not None and (weight_bits is not None or activation_bits is not None):
         raise UsageError("--bits and --weight-bits or --activation-bits were both given: use one form")
-    weight_bits, activation_bits = _widths(bits, weight_bits, activation_bits)
+    weight_bits, activation_bits = widths_of(bits, weight_bits, activation_bits)
     if calibration is not None and data_free:
         raise UsageError("--calibration and --data-free contradict each other: choose one")
     if isinstance(network, str | PathLike) and Path(network).is_dir():
@@ -178,7 +178,7 @@ def known_pixels(preprocess: Preprocess | None) -> Preprocess:
     return preprocess
 
 
-def _widths(
+def widths_of(
     bits: str | Bits | None, weights: int | Sequence[int] | None, activations: int | Sequence[int] | None
 ) -> tuple[int | Sequence[int], int | Sequence[int]]:
     """Widths from one of the two forms; 8 where nothing is said."""

