@@ -10,6 +10,7 @@ go to ``benchmarks/results/faults-<network>.json``; ``benchmarks/tables.py`` mak
 import argparse
 import copy
 import importlib
+import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +35,9 @@ from halfbyte.grids import from_range
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import Kind, clamp_bounds, kind
 from halfbyte.targets import find
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from planted import Spike  # noqa: E402
 
 NETWORKS = ("mobilenet_v2", "resnet56_cifar10", "efficientnet_lite1", "efficientnet_lite2")
 Labelled = list[tuple[tuple[Tensor, ...], Tensor]]
@@ -144,20 +148,6 @@ def dominating_channel(s: Subject) -> Planted:
         (w[:1] if groups(pair.second) > 1 else w[:, :1]).div_(150.0)
     placed = hb.place(replace(m, params=params), s.where("onnxruntime-per-tensor"))
     return hb.calibrate(placed, [(s.prepare(s.calibration),)]), s.data, None
-
-
-class Spike(nn.Module):
-    """What a module puts out, with rare values stretched far beyond all others; the layer behind cuts them off again."""
-
-    def __init__(self, inner: nn.Module, knee: Tensor) -> None:
-        super().__init__()
-        self.inner, self.knee = inner, nn.Buffer(knee.view(1, -1, 1, 1))
-        self.behind = nn.Conv2d(len(knee), len(knee), 1, bias=False)
-        self.behind.weight.data = torch.eye(len(knee))[..., None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        return torch.minimum(self.behind(y + 2000 * torch.relu(y - self.knee)), self.knee)
 
 
 def outliers(s: Subject) -> Planted:

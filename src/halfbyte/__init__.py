@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from halfbyte.transforms.absorb_bias import absorb_bias
     from halfbyte.transforms.equalize import equalize
     from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+    from halfbyte.transforms.rotate import rotate
     from halfbyte.transforms.split_tensor import split_tensor
     from halfbyte.tune import tune
     from halfbyte.tune_statistics import tune_statistics
@@ -138,6 +139,7 @@ _WHERE = {
     "load": "store",
     "save": "store",
     "equalize": "transforms.equalize",
+    "rotate": "transforms.rotate",
     "fold_batchnorm": "transforms.fold_batchnorm",
     "split_tensor": "transforms.split_tensor",
     "Dual": "dual",
@@ -228,6 +230,7 @@ __all__ = [
     "refine",
     "refine_ranges",
     "report",
+    "rotate",
     "run",
     "run_integer",
     "save",

@@ -204,9 +204,7 @@ def _planned(
         logical_bytes=size.logical_bytes,
         file_bytes=size.file_bytes,
         memory_bytes=int(
-            psutil.Process().memory_info().rss
-            + _PARAMETER_COPIES * weights
-            + _COPIES * live * min(batch, samples)
+            psutil.Process().memory_info().rss + _PARAMETER_COPIES * weights + _COPIES * live * min(batch, samples)
         ),
         seconds=captured_in + pass_seconds * passes + _EXPORT_SECONDS * size.operations,
     )

@@ -29,8 +29,9 @@ from halfbyte.reconstruct import reconstruct
 from halfbyte.refine_ranges import refine_ranges
 from halfbyte.refinement import LEARNED, Learned
 from halfbyte.transforms.absorb_bias import absorb_bias
-from halfbyte.transforms.equalize import equalize
+from halfbyte.transforms.equalize import WIDE, equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
+from halfbyte.transforms.rotate import rotate
 from halfbyte.transforms.split_tensor import split_tensor
 from halfbyte.tune import tune
 from halfbyte.tune_statistics import tune_statistics
@@ -111,8 +112,17 @@ def _equalize(
     return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, fixed=c.ranges, **wide)
 
 
+def _rotate(m: QModel, c: Context, *, widest: int = 7) -> QModel:
+    few = c.few()
+    if c.activation_bits > widest or not few:
+        why = "there are no data" if c.activation_bits <= widest else f"running values have more than {widest} bits"
+        return m.logged(LogEntry("rotate", None, f"left as it is: {why}"))
+    return rotate(m, few, fixed=c.ranges)
+
+
 def _absorb(m: QModel, c: Context) -> QModel:
-    return absorb_bias(m, None if m.moments else c.few() or None)
+    remembered = m.moments and c.activation_bits >= WIDE  # as equalization
+    return absorb_bias(m, None if remembered else c.few() or None)
 
 
 def place_step(m: QModel, c: Context, *, symmetric_weights: bool = False) -> QModel:
@@ -286,6 +296,7 @@ def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "err
 Step = Callable[..., QModel]
 STEPS: dict[str, Step] = {
     "fold_batchnorm": lambda m, c: fold_batchnorm(m),
+    "rotate": _rotate,
     "equalize": _equalize,
     "absorb_bias": _absorb,
     "place": place_step,

@@ -43,6 +43,9 @@ _SWEEPS, _START = 200, 15  # the fewer are enough for a start
 # Real values have heavier tails than normal ones: a channel that was scaled up because it is hardly ever active must not be cut
 # off on the one sample where it is.
 _FAR = 12.0
+# What batch norms remember of all training data is worth more than a few samples, which fill in where nothing is known. Of fewer
+# bits the grid cuts tails off, whatever they are, and samples tell how the values inside lie.
+WIDE = 8
 # A few samples cannot say that a channel is always smaller than this share of the largest.
 _UNSEEN = 16.0
 _SHARPNESS = 32.0  # the power whose norm stands for a maximum
@@ -402,9 +405,10 @@ def _for_noise(
     links: list[Link] = [*found, *sums]
     for layer in (n for link in links for n in link.layers):
         axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
-    # What batch norms remember of all training data is worth more than a few samples: these fill in where nothing is known.
     expected = {n: seen for n, seen in _expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
-    if data is not None and not axes.keys() <= expected.keys():
+    if data is not None and bits[1] < WIDE:
+        expected |= _measured(m, data, axes)
+    elif data is not None and not axes.keys() <= expected.keys():
         expected = {**_measured(m, data, axes), **expected}
     usable, joined, chains = _chains(m, found, sums, expected)
     published = {} if per_channel else _for_weights(m, found, "symmetric", _START)
