@@ -37,7 +37,7 @@ from halfbyte.ops import Kind, clamp_bounds, kind
 from halfbyte.targets import find
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from planted import Spike  # noqa: E402
+from planted import Spike
 
 NETWORKS = ("mobilenet_v2", "resnet56_cifar10", "efficientnet_lite1", "efficientnet_lite2")
 Labelled = list[tuple[tuple[Tensor, ...], Tensor]]
@@ -151,10 +151,10 @@ def dominating_channel(s: Subject) -> Planted:
 
 
 def outliers(s: Subject) -> Planted:
-    """Rare values far beyond all others, in a range that holds them."""
+    """Rare values far beyond all others, in a range that holds them; at the first batch norm, which nothing goes around."""
     net = copy.deepcopy(s.net)
     norms = [n for n, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)]
-    name = norms[0]  # behind it nothing goes around
+    name = norms[0]
     inner, seen = net.get_submodule(name), []
     handle = inner.register_forward_hook(lambda _, __, y: seen.append(y))
     with torch.no_grad():
