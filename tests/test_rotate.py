@@ -179,3 +179,24 @@ def test_a_layer_may_read_one_mixture_and_write_another() -> None:
     before, after = (hb.run(x, (data(8),))[0] for x in (m, rotated))
     assert torch.allclose(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
     assert {value_name(n) for n in m.graph.nodes if "value" in n.meta} >= {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("kind", ["transposed", "one dimension", "tokens"])
+def test_other_layers(kind: str) -> None:
+    torch.manual_seed(6)
+    parts: tuple[nn.Module, nn.Module, Tensor]
+    if kind == "transposed":
+        parts = nn.ConvTranspose2d(3, 5, 3, stride=2), nn.ConvTranspose2d(5, 4, 2), data(8)
+    elif kind == "one dimension":
+        parts = nn.Conv1d(3, 5, 3), nn.Conv1d(5, 4, 3, padding=1), torch.randn(8, 3, 20)
+    else:
+        parts = nn.Linear(3, 5), nn.Linear(5, 4, bias=False), torch.randn(8, 7, 3)
+    first, second, x = parts
+    with torch.no_grad():
+        for layer in (first, second):
+            layer.weight.add_(3 * torch.randn_like(layer.weight[:1]) + 2 * layer.weight.mean())
+    m = hb.capture(nn.Sequential(first, second).eval(), x[:2])
+    rotated = hb.rotate(m, [(x,)])
+    assert "mixed" in entries(rotated)["0"]
+    before, after = (hb.run(q, (x,))[0] for q in (m, rotated))
+    assert torch.allclose(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
