@@ -117,7 +117,7 @@ def _rotate(m: QModel, c: Context, *, widest: int = 7) -> QModel:
     if c.activation_bits > widest or not few:
         why = "there are no data" if c.activation_bits <= widest else f"running values have more than {widest} bits"
         return m.logged(LogEntry("rotate", None, f"left as it is: {why}"))
-    return rotate(m, few, fixed=c.ranges)
+    return rotate(m, few, bits=c.activation_bits, fixed=c.ranges)
 
 
 def _absorb(m: QModel, c: Context) -> QModel:

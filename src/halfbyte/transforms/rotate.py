@@ -20,28 +20,33 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from halfbyte.affine import fake_quantize
 from halfbyte.chains import Link, padded, pairs, streams
 from halfbyte.errors import DataError, UsageError
+from halfbyte.formats import Format
 from halfbyte.graph import bias_of, blocks, groups, input_axis, unblocks, weight_of
+from halfbyte.grids import MSE
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.ops import Kind, kind
 from halfbyte.run import portions, run
+from halfbyte.stats import histogram
 
-_WORTH = 1.0  # dB over scaled channels: less is not worth mixing them
+_WORTH = 2.0  # dB over scaled channels: less is not worth weights whose channels are mixed, too
 _FLOOR = 1e-4  # of the mean diagonal, added to C and H: few samples and few readers say nothing of some directions
 _TURNS = 8  # for each channel, until all have one variance
 _EVEN = 1e-6  # of the mean variance
+_COLUMNS = 512  # positions of each portion on which both ways are tried
 _CONSTANT = 1e-8  # of the power of the means: less variance is rounding in float
 
 
-def rotate(m: QModel, data: Iterable[Inputs], *, fixed: Container[str] = ()) -> QModel:
-    """Mix channels wherever that lowers the noise of rounding by a decibel or more. Use before :func:`equalize`, with batch norms
-    folded.
+def rotate(m: QModel, data: Iterable[Inputs], *, bits: int = 4, fixed: Container[str] = ()) -> QModel:
+    """Mix channels wherever that lowers the noise of rounding by two decibels or more. Use before :func:`equalize`, with batch
+    norms folded.
 
-    data: a few batches, for covariances and means; where the next layers do not pad, means go into their biases. fixed: names of
-    values that stay as they are, because somebody knows their range. For running values of fewer than eight bits: at eight, other
-    noise is larger. Every value and its gain is logged. Raises :class:`UsageError` for a model that is placed already, and
-    :class:`DataError` where there are no data.
+    data: a few batches, for covariances and means; where the next layers do not pad, means go into their biases. bits: of running
+    values, at which both ways are tried on the data. For fewer than eight: at eight, other noise is larger. fixed: names of values
+    that stay as they are, because somebody knows their range. Every value and its gain is logged. Raises :class:`UsageError` for a
+    model that is placed already, and :class:`DataError` where there are no data.
     """
     if m.plan:
         raise UsageError("rotate changes float weights: call it before place")
@@ -54,7 +59,7 @@ def rotate(m: QModel, data: Iterable[Inputs], *, fixed: Container[str] = ()) -> 
     params, moments, log = dict(m.parameters), dict(m.moments), []
     for link in links:
         name = value_name(link.writers[0])
-        found = _solved(link, m.parameters, seen)
+        found = _solved(link, m.parameters, seen, bits)
         ends = f"{len(link.writers)} layers that write and {len(link.readers)} that read"
         if found is None or found[1] < _WORTH:
             gain = "" if found is None else f": {found[1]:.1f} dB over scaled channels"
@@ -83,10 +88,11 @@ def _is_linear(link: Link) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Mean [channels] and covariance [channels, channels] of a value over samples and positions, float64."""
+    """Mean [channels], covariance [channels, channels] and some columns of a value over samples and positions, float64."""
 
     mean: Tensor
     covariance: Tensor
+    some: Tensor
 
 
 @torch.no_grad()
@@ -97,10 +103,12 @@ def _observed(m: QModel, data: Iterable[Inputs], links: list[Link]) -> dict[str,
         axes |= {value_name(n): input_axis(n) for n in link.layers}
         axes |= {value_name(r.args[0]): input_axis(r) for r, _ in link.readers}  # type: ignore[arg-type]
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    some: dict[str, list[Tensor]] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in axes:
             flat = x.movedim(axes[name], 0).flatten(1).double()
+            some.setdefault(name, []).append(flat[:, :: max(1, flat.shape[1] // _COLUMNS)].cpu())
             total, square, count = sums.get(name, (0.0, 0.0, 0))
             sums[name] = (total + flat.sum(1), square + flat @ flat.T, count + flat.shape[1])
         return x
@@ -112,12 +120,12 @@ def _observed(m: QModel, data: Iterable[Inputs], links: list[Link]) -> dict[str,
     found = {}
     for name, (total, square, count) in sums.items():
         mean = (total / count).cpu()
-        found[name] = _Seen(mean, (square / count).cpu() - torch.outer(mean, mean))
+        found[name] = _Seen(mean, (square / count).cpu() - torch.outer(mean, mean), torch.cat(some[name], 1))
     return found
 
 
-def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen]) -> tuple[Tensor, float] | None:
-    """R, float64 [channels, channels], and how many decibels less noise it means than scaled channels; None for values of no spread."""
+def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen], bits: int) -> tuple[Tensor, float] | None:
+    """R, float64 [channels, channels], and how many decibels less noise it makes than scaled channels; None for values of no spread."""
     n = link.channels
     covariance, importance = torch.zeros(2, n, n, dtype=torch.float64)
     for reader, _ in link.readers:
@@ -140,9 +148,19 @@ def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen]) ->
     half = _root(inverse @ _root(middle) @ inverse)  # of P
     mixing = _levelled(half @ measured @ half) @ half
     mixing *= (measured.trace() / torch.trace(mixing @ measured @ mixing.T)).sqrt()  # the value keeps its size
-    best = torch.linalg.eigvalsh(_even(middle)).clamp(min=0).sqrt().sum()
-    scaled = (covariance.diagonal() * importance.diagonal()).sqrt().sum()
-    return mixing, 20 * math.log10(float(scaled / best))
+    scaled = torch.diag((importance.diagonal() / covariance.diagonal()) ** 0.25)
+    values = {value_name(r.args[0]) for r, _ in link.readers}  # type: ignore[arg-type]
+    centre = _may_be_centred(link)
+    x = torch.cat([seen[v].some - (seen[v].mean[:, None] if centre else 0.0) for v in sorted(values)], 1)
+    noises = [_noise(t, x, _root(importance), bits) for t in (scaled, mixing)]
+    return mixing, 10 * math.log10(noises[0] / max(noises[1], 1e-30 * noises[0])) if noises[0] > 0 else 0.0
+
+
+def _noise(mixing: Tensor, x: Tensor, weight: Tensor, bits: int) -> float:
+    """What rounding the mixed values [channels, positions] to so many bits does to the readers, on the range of least error."""
+    z = (mixing @ x).float()
+    error = fake_quantize(z, MSE().activation(histogram(z), Format(bits))) - z
+    return float((weight @ torch.linalg.inv(mixing) @ error.double()).square().sum())
 
 
 def _even(a: Tensor) -> Tensor:
@@ -182,10 +200,15 @@ def _levelled(a: Tensor) -> Tensor:
     return q
 
 
-def _centred(link: Link, params: dict[str, Tensor], seen: dict[str, _Seen]) -> bool:
-    """Take the means out of all values of a link, if every layer has a bias and none pads with zeros; whether it was done."""
+def _may_be_centred(link: Link) -> bool:
+    """Whether every layer has a bias of its own and none pads with zeros."""
     biases = [bias_of(n) for n in link.layers]
-    if any(b is None or len(b.users) > 1 for b in biases) or any(padded(r) for r, _ in link.readers):
+    return not any(b is None or len(b.users) > 1 for b in biases) and not any(padded(r) for r, _ in link.readers)
+
+
+def _centred(link: Link, params: dict[str, Tensor], seen: dict[str, _Seen]) -> bool:
+    """Take the means out of all values of a link, if that is possible; whether it was done."""
+    if not _may_be_centred(link):
         return False
     shifts: dict[fx.Node, Tensor] = {}
     for node in link.values:
