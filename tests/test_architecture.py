@@ -16,7 +16,7 @@ LAYERS: dict[int, str] = {
     2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
     3: "targets overrides place",
-    4: "stats grids walk correct calibrate losses refine_ranges",
+    4: "stats grids transforms.rotate walk correct calibrate losses refine_ranges",
     5: "second_moments local reparam methods.adaround methods.adaquant descent reconstruct tune_statistics refinement "
     "blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",

@@ -459,7 +459,7 @@ def test_sums_are_equalized_with_all_that_writes_and_reads_them(per_channel: boo
     names = [({value_name(w) for w in s.writers}, {value_name(r) for r, _ in s.readers}) for s in found]
     assert ({"a", "skip", "c"}, {"b", "head"}) in names
     assert ({"stem"}, {"a", "skip"}) in names
-    e = hb.equalize(m, [(x,)], per_channel=per_channel, weight_bits=4, activation_bits=4)
+    e = hb.equalize(m, [(x,)], per_channel=per_channel)
     assert sum("layers that write" in entry.message for entry in e.log) == 2
     (before,), (after,) = run(m, (x,)), run(e, (x,))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
@@ -468,7 +468,7 @@ def test_sums_are_equalized_with_all_that_writes_and_reads_them(per_channel: boo
 
     def noise(v: hb.QModel) -> float:
         target = ONNXRUNTIME if per_channel else ONNXRUNTIME_PER_TENSOR
-        q = hb.calibrate(hb.place(v, target, weight_bits=4, activation_bits=4), [(x,)])
+        q = hb.calibrate(hb.place(v, target), [(x,)])
         return noise_to_signal(q, [(x,)], m.as_float())
 
     assert noise(e) < noise(m)

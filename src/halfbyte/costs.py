@@ -103,15 +103,15 @@ def costs(candidates: Candidates, *, latency: Latency | None = None) -> CostTabl
     u, m = units(candidates), candidates[max(candidates)]
     nodes, stored = by_value(m.graph), set()
     rows: list[CostRow] = []
-    made = {pair.weights: candidate for pair, candidate in candidates.items()}
     for reader in u.readers:
         layer = nodes[reader.name]
         for w in u.widths[reader.weight]:
+            own = next(c for c in candidates.values() if (f := c.plan[reader.weight]) is not None and f.bits == w)
             for a in u.widths[reader.group] if reader.group is not None else (32,):
                 seconds = None if latency is None or a > 16 else latency(m, layer, Bits(w, a))
                 if latency is not None and seconds is None:
                     seconds = latency(m, layer, None)
-                rows.append(_row(made[w], layer, reader, w, a, seconds, first=reader.weight not in stored))
+                rows.append(_row(own, layer, reader, w, a, seconds, first=reader.weight not in stored))
         stored.add(reader.weight)
     grids = {unit: _grid_sizes(candidates, u, unit) for unit in u.groups}
     timed = {"latency": sum(latency(m, nodes[r.name], None) for r in u.readers)} if latency is not None else {}
