@@ -381,10 +381,8 @@ def _pack(model: ir.Model) -> None:
             made.append(ir.node("Cast", made[-1].outputs, {"to": ir.DataType.INT8}, name=name))
         else:
             made = [ir.node("Cast", [codes], {"to": ir.DataType.INT8}, name=name)]
-        for i, new in enumerate(made):
-            new.outputs[0].name = (
-                name if new is made[-1] else f"{at}:{i}"
-            )  # short, for names are most of what they cost
+        for i, new in enumerate(made):  # short names, for they are most of what these operations cost
+            new.outputs[0].name = name if new is made[-1] else f"unpack:{at}.{i}"
             model.graph.insert_before(node, new)
         for user, index in users:
             user.replace_input_with(index, made[-1].outputs[0])

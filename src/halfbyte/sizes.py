@@ -13,7 +13,7 @@ from halfbyte.model import QModel, value_name
 from halfbyte.ops import DEQUANTIZE
 
 _NODE_BYTES = 300  # of the file for an operation with its names and those of what it reads, measured on real networks
-_TAKEN_OFF_BYTES = 240  # of the three operations that put zero-points back, with their names
+_TAKEN_OFF_BYTES = 270  # of the three operations that put zero-points back, with their names
 
 
 @dataclass(frozen=True)
