@@ -19,25 +19,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 import halfbyte as hb
 from dfq import RESULTS, environment, save, zoo
-from halfbyte.affine import Grid
 from halfbyte.chains import pairs
 from halfbyte.diagnose import diagnose
 from halfbyte.engine import saturates
-from halfbyte.graph import groups, input_axis, layers, weight_of
-from halfbyte.grids import from_range
+from halfbyte.graph import groups, input_axis, layers, weight_name, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import Kind, clamp_bounds, kind
 from halfbyte.targets import find
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from planted import Spike
+from planted import Spike, altered, ranged, starved
 
 NETWORKS = ("mobilenet_v2", "resnet56_cifar10", "efficientnet_lite1", "efficientnet_lite2")
 Labelled = list[tuple[tuple[Tensor, ...], Tensor]]
@@ -64,7 +60,6 @@ class Subject:
     pixels: Tensor
     labels: Tensor
     folder: Path
-    target: str = "onnxruntime"
 
     def where(self, name: str = "onnxruntime") -> hb.Target:
         return find(name, saturates=saturates())
@@ -137,7 +132,7 @@ def dominating_channel(s: Subject) -> Planted:
     m = hb.fold_batchnorm(s.capture())
     params = dict(m.params)
     for pair in pairs(m.graph)[0][::3]:
-        first, second = (str(weight_of(n).target) for n in (pair.first, pair.second))  # type: ignore[union-attr]
+        first, second = weight_name(pair.first), weight_name(pair.second)
         if any(kind(n) is Kind.CLAMP and clamp_bounds(n) != (0.0, float("inf")) for n in pair.between):
             continue  # it would cut the channel off
         for name in (first, first.removesuffix("weight") + "bias"):
@@ -164,29 +159,19 @@ def outliers(s: Subject) -> Planted:
     return s.quantized(net, activation_range="min-max"), s.data, None
 
 
-def ranged(m: QModel, factor: float) -> QModel:
-    """Three running values in the middle with ranges of ``factor`` times the right ones."""
-    weights = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
-    own = [v for v in m.grids if v not in weights and v not in m.ties and m.grids[v].scale.ndim == 0]
-    grids = dict(m.grids)
-    for v in own[len(own) // 3 :: len(own) // 3][:3]:
-        g, form = m.grids[v], m.plan[v]
-        assert form is not None
-        lo, hi = (float(g.scale * (end - g.zero)) * factor for end in (form.lo, form.hi))
-        new = from_range(lo, hi, form)
-        limited = bool((g.lo > form.lo).any())
-        grids[v] = Grid(new.scale, new.zero, new.zero.clone() if limited else new.lo, new.hi)
-    return replace(m, grids=grids)
+def in_the_middle(own: list[str]) -> list[str]:
+    """Three of the values, a third of the way apart."""
+    return own[len(own) // 3 :: len(own) // 3][:3]
 
 
 def wide(s: Subject) -> Planted:
     """Ranges forty times too wide."""
-    return ranged(s.quantized(), 40.0), s.data, None
+    return ranged(s.quantized(), 40.0, in_the_middle), s.data, None
 
 
 def narrow(s: Subject) -> Planted:
     """Ranges a tenth as wide as they should be."""
-    return ranged(s.quantized(), 0.1), s.data, None
+    return ranged(s.quantized(), 0.1, in_the_middle), s.data, None
 
 
 def truncated(s: Subject) -> Planted:
@@ -194,8 +179,7 @@ def truncated(s: Subject) -> Planted:
     m = s.quantized(recipe="default")
     tuned = dict(m.tuned)
     for layer in layers(m.graph):
-        name, w = str(weight_of(layer).target), weight_of(layer)  # type: ignore[union-attr]
-        grid = m.grid(value_name(w))  # type: ignore[arg-type]
+        name, grid = weight_name(layer), m.grid(value_name(weight_of(layer)))  # type: ignore[arg-type]
         if groups(layer) > 1 and grid is not None:
             scale = grid.scale.reshape(-1, 1, 1, 1) if grid.axis is not None else grid.scale
             tuned[name] = m.params[name] - 3.49 * scale
@@ -208,18 +192,8 @@ def saturated(s: Subject) -> Planted:
     m = s.quantized(recipe="default")
     dense = [n for n in layers(m.graph) if groups(n) == 1 and m.grids[value_name(weight_of(n))].axis == 0]  # type: ignore[arg-type]
     layer = next(n for n in dense[len(dense) // 2 :] if input_axis(n) == 1)
-    name = str(weight_of(layer).target)  # type: ignore[union-attr]
-    bias = name.removesuffix("weight") + "bias"
-    params, tuned = dict(m.params), dict(m.tuned)
-    params[name], params[bias] = params[name].clone(), params[bias].clone()
-    params[name][:2] *= 1e-9
-    params[bias][:2] = float(params[bias].abs().max())
-    for changed in (name, bias):
-        tuned.pop(changed, None)
-    grid = m.grids[name]
-    scale = grid.scale.clone()
-    scale[:2] = params[name][:2].abs().flatten(1).amax(1) / 127
-    return replace(m, params=params, tuned=tuned, grids={**m.grids, name: replace(grid, scale=scale)}), s.data, None
+    name = weight_name(layer)
+    return starved(m, name, float(m.params[name.removesuffix("weight") + "bias"].abs().max())), s.data, None
 
 
 def other_data(s: Subject) -> Planted:
@@ -236,14 +210,7 @@ def float_layer(s: Subject) -> Planted:
 def changed_file(s: Subject) -> Planted:
     """A file whose weights somebody has changed."""
     m, path = s.quantized(), s.folder / "net.onnx"
-    hb.export_onnx(m, path)
-    model = onnx.load(path)
-    tensors = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
-    tensor = tensors[len(tensors) // 2]
-    codes = numpy_helper.to_array(tensor).copy()
-    codes[0] = -codes[0]
-    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
-    onnx.save(model, path)
+    altered(m, path, 0.5)
     return m, s.data, path
 
 

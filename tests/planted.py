@@ -123,12 +123,12 @@ def spiked(s: Subject) -> nn.Module:
     return net
 
 
-def ranged(m: QModel, factor: float) -> QModel:
-    """The second half of all running values with ranges of ``factor`` times the right ones."""
+def ranged(m: QModel, factor: float, values: Callable[[list[str]], list[str]] = lambda own: own[1:4]) -> QModel:
+    """Some of the running values that have a grid of their own, with ranges of ``factor`` times the right ones."""
     weights = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
     own = [v for v in m.grids if v not in weights and v not in m.ties and m.grids[v].scale.ndim == 0]
     grids = dict(m.grids)
-    for v in own[1:4]:
+    for v in values(own):
         g, form = m.grids[v], m.plan[v]
         assert form is not None
         lo, hi = float(g.scale * (form.lo - g.zero)), float(g.scale * (form.hi - g.zero))
@@ -136,6 +136,31 @@ def ranged(m: QModel, factor: float) -> QModel:
         limited = bool((g.lo > form.lo).any())
         grids[v] = Grid(new.scale, new.zero, new.zero.clone() if limited else new.lo, new.hi)
     return replace(m, grids=grids)
+
+
+def starved(m: QModel, name: str, bias: float) -> QModel:
+    """Two channels of a weight nearly dead, with a scale to match and this bias, for which no room is made."""
+    params, tuned, other = dict(m.params), dict(m.tuned), name.removesuffix("weight") + "bias"
+    params[name], params[other] = params[name].clone(), params[other].clone()
+    params[name][:2] *= 1e-9
+    params[other][:2] = bias
+    for changed in (name, other):
+        tuned.pop(changed, None)
+    scale = m.grids[name].scale.clone()
+    scale[:2] = params[name][:2].abs().flatten(1).amax(1) / 127
+    return replace(m, params=params, tuned=tuned, grids={**m.grids, name: replace(m.grids[name], scale=scale)})
+
+
+def altered(m: QModel, path: Path, at: float = 0.0) -> None:
+    """A file of the model with the codes of one kernel turned around, of the convolution so far through the network."""
+    hb.export_onnx(m, path)
+    model = onnx.load(path)
+    tensors = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4]
+    tensor = tensors[int(at * len(tensors))]
+    codes = numpy_helper.to_array(tensor).copy()
+    codes[0] = -codes[0]
+    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+    onnx.save(model, path)
 
 
 def wide(s: Subject) -> Planted:
@@ -169,18 +194,7 @@ def saturated(s: Subject) -> Planted:
         for n, g in m.grids.items()
         if n in m.params and g.axis == 0 and m.params[n].ndim == 4 and m.params[n].shape[1] > 1
     )
-    params, tuned = dict(m.params), dict(m.tuned)
-    params[name] = params[name].clone()
-    params[name][:2] *= 1e-9
-    tuned.pop(name, None)
-    bias = name.removesuffix("weight") + "bias"
-    tuned.pop(bias, None)
-    params[bias] = params[bias].clone()
-    params[bias][:2] = 0.5
-    grid = m.grids[name]
-    scale = grid.scale.clone()
-    scale[:2] = params[name][:2].abs().flatten(1).amax(1) / 127
-    return replace(m, params=params, tuned=tuned, grids={**m.grids, name: replace(grid, scale=scale)}), s.data, None
+    return starved(m, name, 0.5), s.data, None
 
 
 def other_data(s: Subject) -> Planted:
@@ -198,15 +212,8 @@ def float_layer(s: Subject) -> Planted:
 
 def changed_file(s: Subject) -> Planted:
     """A file whose weights somebody has changed."""
-    m = s.quantized()
-    path = s.folder / "net.onnx"
-    hb.export_onnx(m, path)
-    model = onnx.load(path)
-    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4)
-    codes = numpy_helper.to_array(tensor).copy()
-    codes[0] = -codes[0]
-    tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
-    onnx.save(model, path)
+    m, path = s.quantized(), s.folder / "net.onnx"
+    altered(m, path)
     return m, None, path
 
 

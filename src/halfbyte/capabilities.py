@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from halfbyte import engine
 from halfbyte.calibrate import Progress, calibrate, silent
 from halfbyte.capture import capture
+from halfbyte.engines import here
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.formats import Bits, container_bits
 from halfbyte.graph import layers
@@ -159,7 +160,7 @@ def capabilities(
 
     rounds: how often each layer runs, all widths and float in turn; the fastest counts.
     """
-    where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
+    where = here(target)
     used = threads or torch.get_num_threads()
     found = cached(where, used)
     if found is None:

@@ -63,6 +63,11 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
+def weight_name(layer: fx.Node) -> str:
+    """The name of a layer's weight among the parameters."""
+    return str(weight_of(layer).target)  # type: ignore[union-attr]
+
+
 def bias_of(node: fx.Node) -> fx.Node | None:
     """The parameter node that a layer uses as bias."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from halfbyte.affine import Grid, quantize
 from halfbyte.calibrate import missing_grids
 from halfbyte.errors import PlacementError
-from halfbyte.formats import container_bits
+from halfbyte.formats import Format, container_bits
 from halfbyte.graph import LAYERS, bias_of, drop_dead, layers, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import (
@@ -111,6 +111,12 @@ def code_dtype(m: QModel, value: str) -> torch.dtype:
     return _DTYPES[container_bits(form.bits), form.signed]
 
 
+def weight_formats(m: QModel) -> dict[fx.Node, Format]:
+    """The layers' weights that have a format."""
+    weights = {w for n in layers(m.graph) if (w := weight_of(n)) is not None}
+    return {w: form for w in weights if (form := m.plan.get(value_name(w))) is not None}
+
+
 def _from_zero(grid: Grid) -> Grid:
     """The same numbers by codes less zero-point: an engine multiplies weights that need none fastest."""
     if grid.group is not None or not bool(grid.zero.any()):
@@ -123,7 +129,7 @@ def lower(m: QModel) -> QModel:
     missing = missing_grids(m) if m.plan else ["(everything)"]
     if missing:
         raise PlacementError(f"value '{missing[0]}' has a format but no grid: calibrate the model before it is lowered")
-    weights = {value_name(w) for n in layers(m.graph) if (w := weight_of(n)) is not None and m.plan.get(value_name(w))}
+    weights = {value_name(w) for w in weight_formats(m)}
     low = _Lowering(replace(m, grids={k: _from_zero(g) if k in weights else g for k, g in m.grids.items()}))
     for node in m.graph.nodes:
         _lower_node(low, node)

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from halfbyte import engine
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
+from halfbyte.engines import here
 from halfbyte.errors import UsageError
 from halfbyte.grids import GridRule
 from halfbyte.mixed import Widths, widths
@@ -22,7 +22,6 @@ from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Recipe, check, follow, load_recipe
 from halfbyte.run import run
 from halfbyte.steps import Context
-from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")
@@ -60,7 +59,7 @@ def by_recipe(
     chosen (default: a third of what is free). kept: a folder for solved layers, to go on after an interruption. The rest is as for
     :func:`halfbyte.quantize.quantize`.
     """
-    where = find(target, saturates=engine.saturates()) if isinstance(target, str) else target
+    where = here(target)
     choice, limit = choice_of(weight_bits, activation_bits, budget)
     chosen = recipe or default_recipe(data is not None, min(*choice.weights, *choice.activations))
     followed = load_recipe(chosen) if isinstance(chosen, str) else chosen
@@ -136,7 +135,7 @@ def context(target: str | Target, choice: Widths, source: Samples | None, progre
     """What steps need to know, as it is where a user says nothing else; a third of the free memory may hold running values."""
     return Context(
         source,
-        find(target, saturates=engine.saturates()) if isinstance(target, str) else target,
+        here(target),
         choice.weights[0],
         choice.activations[0],
         {},

@@ -9,9 +9,9 @@ import psutil
 import torch
 from torch import fx
 
-from halfbyte import engine
 from halfbyte.budgets import Budget
 from halfbyte.data import Source
+from halfbyte.engines import here
 from halfbyte.export_onnx import Container, example_inputs
 from halfbyte.formats import Bits
 from halfbyte.graph import layers, macs, tensors, weight_of
@@ -28,7 +28,6 @@ from halfbyte.run import run
 from halfbyte.settings import Settings, network_of
 from halfbyte.shown import Shown, aligned
 from halfbyte.sizes import sizes
-from halfbyte.targets import find
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _PROOF_SAMPLES = 16
@@ -139,7 +138,7 @@ def plan(
     return _planned(
         m,
         followed,
-        find(target, saturates=engine.saturates()) if isinstance(target, str) else target,
+        here(target),
         Bits(min(choice.weights), min(choice.activations)),
         overrides={**parse_overrides(tuple(keep_float), tuple(sets)), **(overrides or {})},
         uniform=uniform,
@@ -158,7 +157,7 @@ def plan_job(settings: Settings) -> Plan:
     return _planned(
         m,
         recipe,
-        find(settings.target, saturates=engine.saturates()),
+        here(settings.target),
         settings.narrowest,
         overrides=settings.overrides,
         uniform=settings.uniform,

@@ -11,9 +11,9 @@ from halfbyte import engine
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.export_onnx import Container
-from halfbyte.graph import layers, weight_of
 from halfbyte.job import Exported, Stages, finish, save_progress
-from halfbyte.model import LogEntry, QModel, Target, value_name
+from halfbyte.lower import weight_formats
+from halfbyte.model import LogEntry, QModel, Target
 from halfbyte.ops import kind
 from halfbyte.output import Result, check_output, clear, open_output
 from halfbyte.ports import InputType
@@ -124,7 +124,7 @@ def differences(m: QModel, target: Target) -> list[str]:
     if before.per_channel != target.per_channel:
         wide, narrow = (before, target) if before.per_channel else (target, before)
         found.append(f"{wide.name} has a weight scale for each channel, {narrow.name} one for a whole tensor")
-    if not target.asymmetric_weights and _asymmetric(m):
+    if not target.asymmetric_weights and not all(f.symmetric for f in weight_formats(m).values()):
         found.append(f"{target.name} has no weights with zero-points")
     if target.narrow_products and not before.narrow_products:
         found.append(f"{target.name} needs weights so small that no pair of 8-bit products saturates")
@@ -136,12 +136,6 @@ def differences(m: QModel, target: Target) -> list[str]:
     if widths:
         found.append(f"{target.name} has no {_listed(map(str, widths))} bits")
     return found
-
-
-def _asymmetric(m: QModel) -> bool:
-    weights = (weight_of(n) for n in layers(m.graph))
-    forms = (m.plan.get(value_name(w)) for w in weights if w is not None)
-    return any(f is not None and not f.symmetric for f in forms)
 
 
 def _listed(names: Iterable[str]) -> str:

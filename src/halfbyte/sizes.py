@@ -7,8 +7,8 @@ import torch
 from halfbyte.affine import Grid
 from halfbyte.costs import zero_point_bytes
 from halfbyte.formats import Format
-from halfbyte.graph import bias_of, layers, tensors, weight_of
-from halfbyte.lower import lower
+from halfbyte.graph import bias_of, layers, tensors
+from halfbyte.lower import lower, weight_formats
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import DEQUANTIZE
 
@@ -31,10 +31,7 @@ def sizes(placed: QModel, container: str = "packed") -> Sizes:
     nodes = sum(1 for n in low.graph.nodes if n.op == "call_function")
     stored = _stored_bytes(low, packed=container == "packed")
     if container == "packed":
-        weights = {
-            w for n in layers(placed.graph) if (w := weight_of(n)) is not None and placed.plan.get(value_name(w))
-        }
-        taken_off = [zero_point_bytes(placed, value_name(w), str(w.target)) for w in weights]
+        taken_off = [zero_point_bytes(placed, value_name(w), str(w.target)) for w in weight_formats(placed)]
         stored += sum(count + _TAKEN_OFF_BYTES for count in taken_off if count)
     return Sizes(_logical_bits(placed) // 8, stored + _NODE_BYTES * nodes, nodes)
 

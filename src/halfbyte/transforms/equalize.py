@@ -28,7 +28,7 @@ from halfbyte.graph import (
     per_input,
     per_output,
     unblocks,
-    weight_of,
+    weight_name,
 )
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.moments import propagate
@@ -113,7 +113,7 @@ def _for_weights(m: QModel, found: list[Pair], ranges: Ranges, sweeps: int = _SW
     values = m.parameters
     spans: dict[fx.Node, Tensor] = {}
     for layer in {p.first for p in found} | {p.second for p in found}:
-        spans[layer] = values[_weight_name(layer)].float()
+        spans[layer] = values[weight_name(layer)].float()
     total = {value_name(p.first): torch.ones(outputs(p.first), device=spans[p.first].device) for p in found}
     for _ in range(sweeps):
         largest = 0.0
@@ -204,7 +204,7 @@ class _Side:
     """One layer of a chain: what its expected noise depends on, in blocks [groups, outputs, inputs] without taps."""
 
     def __init__(self, m: QModel, layer: fx.Node, into: _Seen) -> None:
-        w = blocks(layer, m.parameters[str(weight_of(layer).target)].float())  # type: ignore[union-attr]
+        w = blocks(layer, m.parameters[weight_name(layer)].float())
         self.largest, self.squares, taps = w.abs().amax(3), w.square().sum(3), w.shape[3]
         self.power = (into[3] * taps).reshape(groups(layer), -1)
         self.low, self.high = (-into[0]).clamp(min=0), into[1].clamp(min=0)
@@ -456,22 +456,18 @@ def _applied(m: QModel, links: list[Link], factors: dict[str, Tensor]) -> QModel
         if s is None:
             continue
         for layer in link.writers:
-            name, weight, bias = value_name(layer), _weight_name(layer), bias_of(layer)
+            name, weight, bias = value_name(layer), weight_name(layer), bias_of(layer)
             params[weight] = _scaled_outputs(layer, params[weight], s)
             if bias is not None:
                 params[str(bias.target)] = params[str(bias.target)] * s
             if name in moments:
                 moments[name] = Moments(moments[name].mean * s, moments[name].std * s)
         for layer, source in link.readers:
-            weight = _weight_name(layer)
+            weight = weight_name(layer)
             params[weight] = _scaled_inputs(layer, source, params[weight], 1 / s)
         for node, carried in link.clamps:
             _scale_limits(graph, nodes[value_name(node)], s[carried.to(s.device)], params)
     return replace(m, graph=graph, params=params, tuned={}, moments=moments)
-
-
-def _weight_name(layer: fx.Node) -> str:
-    return str(weight_of(layer).target)  # type: ignore[union-attr]
 
 
 def _scale_limits(graph: fx.Graph, node: fx.Node, s: Tensor, params: dict[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from halfbyte.affine import fake_quantize
 from halfbyte.chains import Link, padded, pairs, streams
 from halfbyte.errors import DataError, UsageError
 from halfbyte.formats import Format
-from halfbyte.graph import bias_of, blocks, groups, input_axis, unblocks, weight_of
+from halfbyte.graph import bias_of, blocks, groups, input_axis, unblocks, weight_name
 from halfbyte.grids import MSE
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
 from halfbyte.ops import Kind, kind
@@ -129,7 +129,7 @@ def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen], bi
     n = link.channels
     covariance, importance = torch.zeros(2, n, n, dtype=torch.float64)
     for reader, _ in link.readers:
-        w = blocks(reader, params[_weight(reader)].cpu().double())[0]  # [outputs, inputs, taps]
+        w = blocks(reader, params[weight_name(reader)].cpu().double())[0]  # [outputs, inputs, taps]
         variance = seen[value_name(reader)].covariance.diagonal()
         counts = 1 / (variance.clamp(min=1e-6 * float(variance.max()) + 1e-30) * len(variance))
         covariance += seen[value_name(reader.args[0])].covariance / len(link.readers)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def _centred(link: Link, params: dict[str, Tensor], seen: dict[str, _Seen]) -> b
     for layer in link.writers:
         _add(params, layer, -shifts[layer])
     for reader, _ in link.readers:
-        w = blocks(reader, params[_weight(reader)].cpu().double())[0].sum(2)
+        w = blocks(reader, params[weight_name(reader)].cpu().double())[0].sum(2)
         _add(params, reader, w @ shifts[reader.args[0]])  # type: ignore[index]
     return True
 
@@ -231,18 +231,14 @@ def _apply(link: Link, mixing: Tensor, params: dict[str, Tensor]) -> None:
     """``R W1, R b1`` for the layers that write, ``W2 R^-1`` for those that read."""
     inverse = torch.linalg.inv(mixing)
     for layer in link.writers:
-        w = params[_weight(layer)]
+        w = params[weight_name(layer)]
         mixed = torch.einsum("ij,gjkt->gikt", mixing, blocks(layer, w.cpu().double()))
-        params[_weight(layer)] = unblocks(layer, mixed, w.shape).to(w)
+        params[weight_name(layer)] = unblocks(layer, mixed, w.shape).to(w)
         bias = bias_of(layer)
         if bias is not None:
             b = params[str(bias.target)]
             params[str(bias.target)] = (mixing @ b.cpu().double()).to(b)
     for reader, _ in link.readers:
-        w = params[_weight(reader)]
+        w = params[weight_name(reader)]
         mixed = torch.einsum("gojt,ji->goit", blocks(reader, w.cpu().double()), inverse)
-        params[_weight(reader)] = unblocks(reader, mixed, w.shape).to(w)
-
-
-def _weight(layer: fx.Node) -> str:
-    return str(weight_of(layer).target)  # type: ignore[union-attr]
+        params[weight_name(reader)] = unblocks(reader, mixed, w.shape).to(w)
