@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,23 +121,29 @@ def test_a_mixed_choice_takes_each_part_from_its_candidate() -> None:
         assert made.plan[f"{name}.weight"] == from_.plan[f"{name}.weight"]
 
 
+def rounded(u: units.Units, unit: str) -> Callable[[str], bool]:
+    """What is rounded while a unit is judged: all parameters, and its own running values."""
+    return lambda name: name.endswith(("weight", "bias")) or name in u.groups.get(unit, ())
+
+
 @pytest.mark.parametrize("uniform", [True, False])
 def test_sensitivity_is_that_of_the_whole_network(uniform: bool) -> None:
     candidates, found = solved(uniform=uniform), table(uniform=uniform)
     u = units.units(candidates)
     (x,) = (torch.cat([b[0] for b in batches()])[:40],)
 
-    def divergence(choice: Mapping[str, int]) -> float:
+    def divergence(choice: Mapping[str, int], only: Callable[[str], bool] = lambda _: True) -> float:
         m = merged(candidates, u, choice)
-        p, q = (y[0].double().log_softmax(1) for y in (run(m.as_float(), (x,)), run(m, (x,), simulate(m))))
+        p, q = (y[0].double().log_softmax(1) for y in (run(m.as_float(), (x,)), run(m, (x,), simulate(m, only=only))))
         return float((p.exp() * (p - q)).sum(1).mean())
 
-    base = divergence({})
-    assert found.base == pytest.approx(base, rel=1e-5)
+    assert found.base == pytest.approx(divergence({}), rel=1e-5)
     assert found.losses.keys() == set(u.open)
     for unit, losses in found.losses.items():
+        only = rounded(u, unit)
         for width, loss in losses.items():
-            naive = 0.0 if width == max(losses) else max(1e-6, divergence({unit: width}) - base)
+            more = divergence({unit: width}, only) - divergence({}, only)
+            naive = 0.0 if width == max(losses) else max(1e-6, more)
             assert loss == pytest.approx(naive, rel=1e-4, abs=1e-8), (unit, width)
     m = merged(candidates, u, {"a.weight": 2})
     assert hb.output_loss(m, batches(), samples=40) == pytest.approx(divergence({"a.weight": 2}), rel=1e-5)
@@ -148,13 +154,14 @@ def test_sensitivity_of_outputs_is_noise_to_signal() -> None:
     found = hb.sensitivity(solved(), [(x,)], metric="outputs", samples=16)
     u = units.units(solved())
 
-    def noise(choice: Mapping[str, int]) -> float:
+    def noise(choice: Mapping[str, int], unit: str) -> float:
         m = merged(solved(), u, choice)
-        (y,), (z,) = run(m.as_float(), (x,)), run(m, (x,), simulate(m))
+        (y,), (z,) = run(m.as_float(), (x,)), run(m, (x,), simulate(m, only=rounded(u, unit)))
         return float((y - z).square().sum() / (y - y.mean()).square().sum())
 
     for unit, width in (("a.weight", 2), ("relu.3", 4), ("x", 4)):
-        assert found.losses[unit][width] == pytest.approx(max(1e-6, noise({unit: width}) - noise({})), rel=1e-3)
+        more = noise({unit: width}, unit) - noise({}, unit)
+        assert found.losses[unit][width] == pytest.approx(max(1e-6, more), rel=1e-3)
     assert found.points is None
 
 
@@ -163,8 +170,12 @@ def test_sensitivity_with_labels() -> None:
     found = hb.sensitivity(solved(), labelled, metric="loss", samples=32)
     u = units.units(solved())
     m, x, y = merged(solved(), u, {"a.weight": 2}), torch.cat([b[0] for b in batches()])[:32], torch.arange(32) % 16 % 5
-    loss = float(nn.functional.cross_entropy(run(m, (x,), simulate(m))[0].double(), y))
-    assert found.losses["a.weight"][2] == pytest.approx(max(1e-6, loss - found.base), abs=1e-6)
+    only = rounded(u, "a.weight")
+    loss, base = (
+        float(nn.functional.cross_entropy(run(n, (x,), simulate(n, only=only))[0].double(), y))
+        for n in (m, merged(solved(), u, {}))
+    )
+    assert found.losses["a.weight"][2] == pytest.approx(max(1e-6, loss - base), abs=1e-6)
     with pytest.raises(UsageError, match="labelled data"):
         hb.sensitivity(solved(), batches(), metric="loss")
 

@@ -1,11 +1,13 @@
-"""How much each unit costs in accuracy at each width: measured one unit at a time, all others at their widest.
+"""How much each unit costs in accuracy at each width: measured one unit at a time, all weights but its own at their widest.
 
 Source: arXiv 2006.10518, section 4 (losses of single layers with their calibrated parameters swapped in, assumed to add up); the
-divergence to the float network's decisions stands in for a loss with labels. The proxies are in ``proxies``.
+divergence to the float network's decisions stands in for a loss with labels. No running values are rounded but the unit's own:
+the slightest change in front moves them all to other codes, and that noise would drown what the last bits of a weight do.
+The proxies are in ``proxies``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
-from halfbyte.run import fitting, laid_out, last_uses, run, simulate, steps
+from halfbyte.run import fitting, keep, laid_out, last_uses, run, simulate, steps
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
 Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
@@ -78,21 +80,24 @@ def sensitivity(
         losses = proxies(candidates, u, [x for x, _ in portions], weighted=metric == "second-order")
         return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions))
     judge = _judge(candidates[max(candidates)], metric)
-    base, found = _measured(candidates, u, portions, judge, progress)
-    losses = {unit: {u.widths[unit][-1]: 0.0} for unit in u.open}
-    for (unit, width), sums in found.items():
-        losses[unit][width] = _mean(sums) - _mean(base)
-    points = _points([base, *found.values()]) if judge is _divergence else None
-    return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions), _mean(base), points)
+    found = _measured(candidates, u, portions, judge, progress)
+    mean = {key: _mean(sums) for key, sums in found.items()}
+    losses = {unit: {w: mean[unit, w] - mean[unit, u.widths[unit][-1]] for w in u.widths[unit]} for unit in u.open}
+    whole = _whole(merged(candidates, u, {}), portions, judge)
+    points = _points([whole, *found.values()]) if judge is _divergence else None
+    return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions), _mean(whole), points)
 
 
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
-    portions = list(_portions(m, data, samples, labelled=metric == "loss"))
-    judge, tap, reference = _judge(m, metric), simulate(m), m.as_float()
-    sums = [judge(run(reference, x), run(m, x, tap), y) for x, y in portions]
-    return _mean(torch.stack(sums).sum(0))
+    return _mean(_whole(m, list(_portions(m, data, samples, labelled=metric == "loss")), _judge(m, metric)))
+
+
+def _whole(m: QModel, portions: list[tuple[Inputs, Tensor | None]], judge: "Judge") -> Tensor:
+    """Sums of the judge for a model with everything rounded."""
+    tap, reference = simulate(m), m.as_float()
+    return torch.stack([judge(run(reference, x), run(m, x, tap), y) for x, y in portions]).sum(0)
 
 
 def _clamped(losses: Mapping[int, float]) -> dict[int, float]:
@@ -180,11 +185,12 @@ def _points(found: list[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class _Variant:
-    """The model with one unit changed: where in the graph it begins to differ, and the parameters that do."""
+    """The model with one unit changed: where in the graph it begins to differ, the parameters that do, and what it rounds."""
 
     model: QModel
     start: int
     constants: Mapping[fx.Node, Tensor]
+    tap: Tap
 
 
 def _constants(m: QModel, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
@@ -196,19 +202,21 @@ def _constants(m: QModel, nodes: Iterable[fx.Node]) -> dict[fx.Node, Tensor]:
     return found
 
 
-def _variant(base: QModel, m: QModel) -> _Variant:
+def _variant(base: QModel, m: QModel, rounded: Container[str]) -> _Variant:
+    """rounded: running values, by name; ``base`` rounds none."""
     order = {n: i for i, n in enumerate(m.graph.nodes)}
     before, after = base.parameters, m.parameters
     start, changed = len(order), []
     for node, i in order.items():
-        other = "value" in node.meta and base.grid(value_name(node)) is not m.grid(value_name(node))
+        name = value_name(node) if "value" in node.meta else ""
         if node.op == "get_attr":
+            other = name and base.grid(name) is not m.grid(name)
             if other or before[str(node.target)] is not after[str(node.target)]:
                 changed.append(node)
                 start = min([start, *(order[user] for user in node.users)])
-        elif other:
+        elif name in rounded:
             start = min(start, i)
-    return _Variant(m, start, _constants(m, changed))
+    return _Variant(m, start, _constants(m, changed), simulate(m, only=lambda name: name in rounded))
 
 
 @torch.no_grad()
@@ -218,46 +226,42 @@ def _measured(
     portions: list[tuple[Inputs, Tensor | None]],
     judge: Judge,
     progress: Progress,
-) -> tuple[Tensor, dict[tuple[str, int], Tensor]]:
-    """Sums of the judge with every unit at its widest, and for each unit and narrower width with that one changed."""
+) -> dict[tuple[str, int], Tensor]:
+    """Sums of the judge for each unit and width, with no running values rounded but the unit's own."""
     base = merged(candidates, u, {})
-    variants = {(k, w): _variant(base, merged(candidates, u, {k: w})) for k in u.open for w in u.widths[k][:-1]}
+    every = {(k, w): u.groups.get(k, ()) for k in u.open for w in u.widths[k]}
+    variants = {(k, w): _variant(base, merged(candidates, u, {k: w}), own) for (k, w), own in every.items()}
     due: dict[int, list[tuple[str, int]]] = {}
     for key, v in variants.items():
         due.setdefault(v.start, []).append(key)
     nodes = list(base.graph.nodes)
     constants = _constants(base, [n for n in nodes if n.op == "get_attr"])
-    freed, reference, tap = last_uses(base.graph), base.as_float(), _running(base)
-    total, found = torch.zeros(3, dtype=torch.float64), {key: torch.zeros(3, dtype=torch.float64) for key in variants}
-    done = 0
+    freed, reference = last_uses(base.graph), base.as_float()
+    found = {key: torch.zeros(3, dtype=torch.float64) for key in variants}
+    done, total = 0, sum(v.start < len(nodes) for v in variants.values())
     for x, labels in portions:
         wanted = run(reference, x)
         env: dict[fx.Node, Any] = {}
         given = {**constants, **{n: laid_out(t.to(wanted[0].device)) for n, t in zip(base.inputs, x, strict=False)}}
-        ahead = steps(nodes, env, given.__getitem__, tap, freed=freed)
+        ahead = steps(nodes, env, given.__getitem__, keep, freed=freed)
         for i in range(len(nodes)):
             for key in due.get(i, ()):
                 v = variants[key]
                 held = {n: v.constants.get(n, value) for n, value in env.items()}
-                outputs = _rest(v.model, nodes[i:], held, {**given, **v.constants}, freed)
-                found[key] += judge(wanted, outputs, labels)
+                found[key] += judge(wanted, _rest(v, nodes[i:], held, {**given, **v.constants}, freed), labels)
                 done += 1
-                progress("sensitivity", done, len(portions) * len(variants))
+                progress("sensitivity", done, len(portions) * total)
             next(ahead)
-        total += judge(wanted, tuple(env[n] for n in output_values(base.graph)), labels)
-    return total, found
-
-
-def _running(m: QModel) -> Tap:
-    """The simulation's tap on running values; parameters are rounded beforehand."""
-    parameters = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
-    return simulate(m, only=lambda name: name not in parameters)
+        unchanged = judge(wanted, tuple(env[n] for n in output_values(base.graph)), labels)
+        for key in due.get(len(nodes), ()):
+            found[key] += unchanged
+    return found
 
 
 def _rest(
-    m: QModel, nodes: list[fx.Node], env: dict[fx.Node, Any], given: Mapping[fx.Node, Tensor], freed: Freed
+    v: _Variant, nodes: list[fx.Node], env: dict[fx.Node, Any], given: Mapping[fx.Node, Tensor], freed: Freed
 ) -> Outputs:
     """The outputs, from the values at a frontier on."""
-    for _ in steps(nodes, env, given.__getitem__, _running(m), freed=freed):
+    for _ in steps(nodes, env, given.__getitem__, v.tap, freed=freed):
         pass
-    return tuple(env[n] for n in output_values(m.graph))
+    return tuple(env[n] for n in output_values(v.model.graph))
