@@ -102,6 +102,33 @@ def tasks(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def other_engine(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## W8A8 in OpenVINO", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/other_engine.py`."]
+    out += [
+        f"{found[0]['engine']}; batch 1, runs interleaved. *Outputs* are those of the file against those of the integer simulation of",
+        "the whole network, image by image. NNCF quantizes the same float file with the same images, with its defaults.",
+        "",
+        "| network | images | float | halfbyte | NNCF | outputs equal | decisions equal | float / halfbyte | NNCF / halfbyte | MB | MB, NNCF |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        accuracy, speed = r["accuracy"], r["speed"]
+        nncf = accuracy.get("nncf")
+        out.append(
+            f"| {r['network']} | {r['images']} | {percent(r['float'])} | {_interval(accuracy['halfbyte']['difference'])} "
+            f"| {_interval(nncf['difference']) if nncf else ''} | {percent(r['same_outputs'])} % | {percent(r['same_decisions'])} % "
+            f"| {speed['float']['over_halfbyte']:.2f} | {_over(speed, '{:.2f}', 'over_halfbyte')} "
+            f"| {speed['halfbyte']['mb']:.1f} | {_over(speed, '{:.1f}', 'mb')} |"
+        )
+    return out
+
+
+def _over(speed: dict[str, Any], form: str, key: str) -> str:
+    return form.format(speed["nncf"][key]) if "nncf" in speed else ""
+
+
 def low_bits(found: list[dict[str, Any]]) -> list[str]:
     out = ["## Fewer than eight bits", ""]
     if not found:
@@ -114,7 +141,9 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "pass takes longer). *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the method",
         "over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was taken.",
         "Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work ran on",
-        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it.",
+        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Of MobileNetV2 and",
+        "EfficientNet-lite0 W4A4 by descent and W4A8 per tensor are the newest; all other rows are from before ranges of weights with",
+        "zero-points were searched at both ends, which moves rows per channel little.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
@@ -410,7 +439,9 @@ def main() -> None:
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
         "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `solvers.py`, `widths.py`, `other_tasks.py`,",
-        "`dfq.py`, `ranges.py`, then `python benchmarks/tables.py`. Two CPU cores, " + engine + ".",
+        "`other_engine.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
+        + engine
+        + ".",
         "",
         "## W8A8 on classifiers, 256 unlabelled calibration images",
         "",
@@ -438,6 +469,8 @@ def main() -> None:
         "## Other tasks",
         "",
         *tasks(others),
+        "",
+        *other_engine(read("openvino-*.json")),
         "",
         *low_bits(read("low-bits-*.json")),
         "",

@@ -1,7 +1,7 @@
-"""The lowered graph evaluated in integers, to the last bit as ONNX Runtime's kernels do it, and nearly so as OpenVINO's.
+"""The lowered graph evaluated in integers, to the last bit as the kernels of ONNX Runtime and OpenVINO do it.
 
 Accumulators are exact, biases int32, the requantization multiplier float32, ties go to even. The formulas below were found by
-comparison with ONNX Runtime 1.31 and are checked against it on every export (``parity``); operations without an integer
+comparison with ONNX Runtime 1.31 and OpenVINO 2026.4 and are checked on every export (``parity``); operations without an integer
 kernel are evaluated in float32 on the dequantized values.
 """
 
@@ -366,7 +366,7 @@ def _add_openvino(a: Any, b: Any) -> Any:
 
 
 _ONNXRUNTIME = _Arithmetic(KERNELS, runs_in_integers, _quantize)
-# Found by comparison with OpenVINO 2026.4; the rest is float arithmetic.
+# All else is float arithmetic.
 _OPENVINO = _Arithmetic(
     {CONV: _conv_openvino, LOWERED_LINEAR: _linear_openvino, aten.add.Tensor: _add_openvino},
     lambda node: kind(node) is Kind.ADD or (node.target is not aten.add.Tensor and _reads_codes(node)),

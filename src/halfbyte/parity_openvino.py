@@ -1,8 +1,9 @@
 """The exported file in OpenVINO against the integer simulation.
 
-OpenVINO sums products in integers and requantizes in float32 in an order of its own, so that a number close to a tie may end one
-step away. The claim is therefore: every value, on the engine's own inputs to it, is equal or one step away, and the values that
-differ are named and counted. Where a layer alone goes into a sum, the engine adds before it rounds (``Target.fused_sums``).
+OpenVINO sums products in integers and requantizes in float32, as the integer evaluation does for it. Where a layer alone goes into
+a sum, the engine adds before it rounds (``Target.fused_sums``); in the copy of the file in which values are seen it may add the
+two operands the other way round, so that a number close to a tie ends one step away. The claim is therefore: every value, on the
+engine's own inputs to it, is equal or one step away, and the values that differ are named and counted.
 
 Values are seen as the real numbers that later operations read: reading the codes themselves would break the engine's fusions.
 """
