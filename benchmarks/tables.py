@@ -110,7 +110,8 @@ def other_engine(found: list[dict[str, Any]]) -> list[str]:
         f"{found[0]['engine']}; batch 1, runs interleaved. *Outputs* are those of the file against those of the integer simulation of",
         "the whole network, image by image. NNCF quantizes the same float file with the same images, with its defaults.",
         "",
-        "| network | images | float | halfbyte | NNCF | outputs equal | decisions equal | float / halfbyte | NNCF / halfbyte | MB | MB, NNCF |",
+        "| network | images | float | halfbyte | NNCF | outputs equal | decisions equal | float / halfbyte | NNCF / halfbyte "
+        "| MB | MB, NNCF |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
