@@ -16,6 +16,7 @@ import halfbyte as hb
 from halfbyte import units
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.graph import by_value
+from halfbyte.reconstruct import split, unseen_first
 from halfbyte.run import run, simulate
 from halfbyte.sensitivity import _points as sensitivity_points
 from halfbyte.targets import find
@@ -126,11 +127,20 @@ def rounded(u: units.Units, unit: str) -> Callable[[str], bool]:
     return lambda name: name.endswith(("weight", "bias")) or name in u.groups.get(unit, ())
 
 
+def test_samples_that_were_held_out_come_first() -> None:
+    found, (_, held) = unseen_first(batches()), split(batches())
+    assert torch.equal(found[0][0], held[0][0]) and len(held[0][0]) == 3 * 2
+    before, after = (sorted(t.sum().item() for b in data for t in b[0]) for data in (batches(), found))
+    assert before == after
+    one = [(torch.randn(1, 3, 8, 8),)]
+    assert unseen_first(one)[0][0] is one[0][0]
+
+
 @pytest.mark.parametrize("uniform", [True, False])
 def test_sensitivity_is_that_of_the_whole_network(uniform: bool) -> None:
     candidates, found = solved(uniform=uniform), table(uniform=uniform)
     u = units.units(candidates)
-    (x,) = (torch.cat([b[0] for b in batches()])[:40],)
+    x = torch.cat([b[0] for b in unseen_first(batches())])[:40]
 
     def divergence(choice: Mapping[str, int], only: Callable[[str], bool] = lambda _: True) -> float:
         m = merged(candidates, u, choice)
@@ -169,7 +179,8 @@ def test_sensitivity_with_labels() -> None:
     labelled = [(b, torch.arange(16) % 5) for b in batches()]
     found = hb.sensitivity(solved(), labelled, metric="loss", samples=32)
     u = units.units(solved())
-    m, x, y = merged(solved(), u, {"a.weight": 2}), torch.cat([b[0] for b in batches()])[:32], torch.arange(32) % 16 % 5
+    x, y = (torch.cat(t)[:32] for t in zip(*unseen_first([(*b, y) for b, y in labelled]), strict=True))
+    m = merged(solved(), u, {"a.weight": 2})
     only = rounded(u, "a.weight")
     loss, base = (
         float(nn.functional.cross_entropy(run(n, (x,), simulate(n, only=only))[0].double(), y))

@@ -138,6 +138,14 @@ def split(data: Iterable[Inputs], share: int = _HELD_OUT) -> tuple[list[Inputs],
     return fit, [tuple(torch.cat(parts) for parts in zip(*held, strict=True))]
 
 
+def unseen_first(data: Iterable[Inputs]) -> list[Inputs]:
+    """The same samples, in front those that :func:`split` holds out: layers solved on the data were not fitted to them."""
+    batches = list(data)
+    fit, held = split(batches)
+    every = sum(len(batch[0]) for batch in batches)
+    return [*held, *fit] if sum(len(batch[0]) for batch in (*held, *fit)) == every else batches
+
+
 def why_not(m: QModel, layer: fx.Node) -> str:
     """Why the weight of a layer cannot be chosen anew; empty if it can."""
     weight, bias = weight_of(layer), bias_of(layer)

@@ -21,6 +21,7 @@ from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
+from halfbyte.reconstruct import unseen_first
 from halfbyte.run import fitting, keep, laid_out, last_uses, run, simulate, steps
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
@@ -71,8 +72,10 @@ def sensitivity(
     others. ``outputs``: squared error over variance, of use where the network is so sure of the samples that few of them tell
     anything, as on those it was trained on. ``noise`` and ``second-order`` are cheaper proxies (see :func:`proxies`), in units
     of their own.
-    samples: how many are taken, from the first. Behind each unit, only the rest of the network runs again, so a unit costs half
-    a pass on average. Raises :class:`UsageError` for candidates of different graphs, :class:`DataError` without data.
+    samples: how many are taken, in front those that ``reconstruct`` holds out of the same batches, for a layer with more inputs
+    than there are samples looks better than it is on those that it was fitted to. Behind each unit, only the rest of the network
+    runs again, so a unit costs half a pass on average. Raises :class:`UsageError` for candidates of different graphs,
+    :class:`DataError` without data.
     """
     u = units(candidates)
     portions = list(_portions(candidates[max(candidates)], data, samples, labelled=metric == "loss"))
@@ -112,20 +115,17 @@ def _count(portions: list[tuple[Inputs, Tensor | None]]) -> int:
 def _portions(
     m: QModel, data: Iterable[Any], samples: int, *, labelled: bool
 ) -> Iterator[tuple[Inputs, Tensor | None]]:
-    """The first samples, some at a time, with their labels if there are."""
-    left, count = samples, min(_MOST, fitting(m, m.graph.nodes))
-    for batch in data:
-        if labelled and not (len(batch) == 2 and isinstance(batch[0], tuple | list)):
-            raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")
-        inputs, labels = batch if labelled else (batch, None)
-        for i in range(0, min(left, len(inputs[0])), count):
-            end = min(i + count, left)
-            yield tuple(t[i:end] for t in inputs), None if labels is None else labels[i:end]
-        left -= len(inputs[0])
-        if left <= 0:
-            return
-    if left == samples:
+    """Some samples at a time, those first that no layer was fitted to, with their labels if there are."""
+    batches = list(data)
+    if labelled and not all(len(batch) == 2 and isinstance(batch[0], tuple | list) for batch in batches):
+        raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")
+    if not batches:
         raise DataError("there are no data to measure on")
+    every = unseen_first([(*batch[0], batch[1]) for batch in batches] if labelled else batches)
+    count = min(_MOST, fitting(m, m.graph.nodes))
+    taken = tuple(torch.cat(parts)[:samples] for parts in zip(*every, strict=True))
+    for part in zip(*(torch.split(t, count) for t in taken), strict=True):
+        yield (part[:-1], part[-1]) if labelled else (part, None)
 
 
 # Reference outputs, outputs, labels -> [loss summed over samples, number of samples, decisions that differ], on the CPU.
