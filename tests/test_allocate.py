@@ -2,9 +2,11 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -13,7 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import units
+from halfbyte import programme, units
 from halfbyte.errors import FormatError, UsageError
 from halfbyte.graph import by_value
 from halfbyte.reconstruct import split, unseen_first
@@ -246,6 +248,21 @@ def test_the_programme_finds_what_brute_force_finds(kind: str, share: float) -> 
     assert step.costs[kind] <= bound
     assert step.loss >= found.loss - 1e-12
     assert all(found.choice[k] == w for k, w in fixed.items())
+
+
+def test_what_the_solver_prints_by_itself_is_not_seen(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    solve = programme.milp
+
+    def talking(*args: Any, **options: Any) -> Any:
+        os.write(1, b"tmpSolver.run();\n")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(programme, "milp", talking)
+    hb.allocate(solved(), table(), hb.Budget(size=0.5))
+    print("afterwards")
+    assert capfd.readouterr().out == "afterwards\n"
 
 
 def test_a_bound_on_the_loss_gives_the_least_size() -> None:

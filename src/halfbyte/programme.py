@@ -1,6 +1,10 @@
 """The integer programme over units and layers, as HiGHS takes it."""
 
-from collections.abc import Mapping
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,13 +111,14 @@ class Programme:
             limit = room / scale - margin * abs(room) / scale
             constraints.append(LinearConstraint(terms[None] / scale, -np.inf, limit))
         aim = self.terms[goal]
-        result = milp(
-            aim / max(float(np.abs(aim).max()), 1e-30),
-            integrality=np.ones(len(aim)),
-            bounds=Bounds(0, self.upper),
-            constraints=constraints,
-            options={"time_limit": time_limit, "mip_rel_gap": 0.0},
-        )
+        with _muted():
+            result = milp(
+                aim / max(float(np.abs(aim).max()), 1e-30),
+                integrality=np.ones(len(aim)),
+                bounds=Bounds(0, self.upper),
+                constraints=constraints,
+                options={"time_limit": time_limit, "mip_rel_gap": 0.0},
+            )
         if result.x is None and result.status == _OUT_OF_TIME:
             raise UsageError(f"the solver found no choice within {time_limit:g} s: raise time_limit")
         if result.x is None:
@@ -124,3 +129,24 @@ class Programme:
         }
         status = "optimal" if result.status == 0 else "time limit"
         return Solved(choice, self.value(goal, choice), status, float(result.mip_gap or 0.0))
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Standard output goes nowhere: HiGHS prints a line of its own now and then, whatever it is told (jump-dev/HiGHS.jl, issue 312)."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None  # what C still holds back
+    try:
+        sys.stdout.flush()
+        flush(None)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+            flush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
