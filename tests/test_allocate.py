@@ -134,6 +134,8 @@ def test_samples_that_were_held_out_come_first() -> None:
     assert torch.equal(found[0][0], held[0][0]) and len(held[0][0]) == 3 * 2
     before, after = (sorted(t.sum().item() for b in data for t in b[0]) for data in (batches(), found))
     assert before == after
+    endless = ((x,) for x in itertools.repeat(torch.randn(16, 3, 8, 8)))
+    assert hb.output_loss(solved()[hb.bits(8, 8)], endless, samples=8) > 0
     one = [(torch.randn(1, 3, 8, 8),)]
     assert unseen_first(one)[0][0] is one[0][0]
 

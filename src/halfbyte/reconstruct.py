@@ -29,7 +29,7 @@ from halfbyte.run import portions
 from halfbyte.second_moments import Patches, gathered, joined
 from halfbyte.walk import Frontier, read_alone, walk
 
-_HELD_OUT = 8  # one sample of so many decides, the others fit
+HELD_OUT = 8  # one sample of so many decides, the others fit
 _HELD_OUT_ROWS = 4096
 _GRID = ("scale", "zero", "lo", "hi")
 _LONG = 600.0  # seconds that a user should know of beforehand
@@ -122,7 +122,7 @@ def _parameters(m: QModel) -> set[str]:
     return {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
 
 
-def split(data: Iterable[Inputs], share: int = _HELD_OUT) -> tuple[list[Inputs], list[Inputs]]:
+def split(data: Iterable[Inputs], share: int = HELD_OUT) -> tuple[list[Inputs], list[Inputs]]:
     """Samples to fit and samples to decide by: of every batch the last, one of ``share``; of small batches, the last of them."""
     fit, held = [], []
     for batch in data:

@@ -21,7 +21,7 @@ from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
-from halfbyte.reconstruct import unseen_first
+from halfbyte.reconstruct import HELD_OUT, unseen_first
 from halfbyte.run import fitting, keep, laid_out, last_uses, run, simulate, steps
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
@@ -116,7 +116,13 @@ def _portions(
     m: QModel, data: Iterable[Any], samples: int, *, labelled: bool
 ) -> Iterator[tuple[Inputs, Tensor | None]]:
     """Some samples at a time, those first that no layer was fitted to, with their labels if there are."""
-    batches = list(data)
+    batches: list[Any] = []
+    read = 0
+    for batch in data:  # no more than have so many held out
+        batches.append(batch)
+        read += len(batch[0][0] if labelled and isinstance(batch[0], tuple | list) else batch[0])
+        if read >= HELD_OUT * samples:
+            break
     if labelled and not all(len(batch) == 2 and isinstance(batch[0], tuple | list) for batch in batches):
         raise DataError("metric 'loss' needs labelled data: batches of (inputs, class indices)")
     if not batches:
