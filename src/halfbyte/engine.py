@@ -21,11 +21,11 @@ INTEGER_KERNELS = (
     "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger QLinearAdd QLinearMul QLinearConcat "
     "QLinearAveragePool QLinearGlobalAveragePool QLinearSigmoid QLinearLeakyRelu QLinearSoftmax QLinearWhere DynamicQuantizeMatMul"
 ).split()
-# Operations that compute; everything else moves data, converts it or works on sizes.
+# Operations beside these compute; these move data, convert it, work on sizes, or keep the engine from a fusion (a sum of one).
 _MOVES = set(
     "Cast Clip Concat Constant ConstantOfShape DequantizeLinear Expand Flatten Gather Identity MaxPool Max Min Pad QuantizeLinear "
     "NhwcMaxPool Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose "
-    "Unsqueeze DepthToSpace SpaceToDepth".split()
+    "Unsqueeze DepthToSpace SpaceToDepth Sum".split()
 )
 
 

@@ -236,8 +236,24 @@ def _clamp(x: Any, lower: Any, upper: Any) -> Any:
     return op.Clip(x, lower, upper) if single else op.Min(op.Max(x, lower), upper)
 
 
+_PASSED = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def _left_in_float(x: Any, weight: Any) -> Any:
+    """What a layer with float weights reads, away from the dequantization in front of it.
+
+    ONNX Runtime would round such a layer's weights to 8 bits, with one scale for all, where it reads dequantized codes.
+    """
+    stored, read = weight.producer(), x.producer()
+    while read is not None and read.op_type in _PASSED:  # the engine moves dequantizations behind these
+        read = read.inputs[0].producer()
+    coded = stored is not None and stored.op_type == "DequantizeLinear"
+    return op.Sum(x) if read is not None and read.op_type == "DequantizeLinear" and not coded else x
+
+
 def _conv(x: Any, weight: Any, bias: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
     tail = () if bias is None else (bias,)
+    x = _left_in_float(x, weight)
     return op.Conv(x, weight, *tail, strides=list(stride), pads=list(pads), dilations=list(dilation), group=groups)
 
 
@@ -246,7 +262,7 @@ def _conv_transpose(
 ) -> Any:
     tail = () if bias is None else (bias,)
     return op.ConvTranspose(
-        x,
+        _left_in_float(x, weight),
         weight,
         *tail,
         strides=list(stride),
@@ -259,7 +275,7 @@ def _conv_transpose(
 
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
     if x.shape is not None and len(x.shape) == 2:
-        return op.Gemm(x, weight, *(() if bias is None else (bias,)))
+        return op.Gemm(_left_in_float(x, weight), weight, *(() if bias is None else (bias,)))
     y = op.MatMul(x, weight)
     return y if bias is None else op.Add(y, bias)
 
