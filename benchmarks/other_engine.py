@@ -21,9 +21,9 @@ from classification import NETWORKS
 from dfq import RESULTS, Reference, images_of, save, zoo
 from halfbyte import engine, engine_openvino
 from halfbyte.benchmark import float_file, interleaved
-from halfbyte.evaluate import paired
 from halfbyte.integer import run_integer
 from halfbyte.lower import lower
+from low_bits import scored
 
 PORTION = 8  # samples run at a time
 EQUAL = 1e-5  # of the largest output: floats behind the last integers agree to rounding
@@ -81,13 +81,6 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     expected = torch.cat([run_integer(low, (b,))[0] for b in x.split(PORTION)])
     found = {k: logits(engine_openvino.session(p), x) for k, p in files.items() if k != "float"}
     distance = (found["halfbyte"] - expected).abs().amax(1)
-    rows = {
-        k: {
-            "top1": float(reference.scored(y).mean()),
-            "difference": vars(paired(reference.right, reference.scored(y))),
-        }
-        for k, y in found.items()
-    }
     return {
         "network": name,
         "engine": f"OpenVINO {engine_openvino.version()}, {engine.instruction_set()}",
@@ -96,7 +89,7 @@ def measured(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         "parity": str(parity),
         "same_decisions": float((found["halfbyte"].argmax(1) == expected.argmax(1)).double().mean()),
         "same_outputs": float((distance <= EQUAL * expected.abs().max()).double().mean()),
-        "accuracy": rows,
+        "accuracy": {k: scored(reference, y) for k, y in found.items()},
         "speed": timed(files, batches[0][:1], options.rounds),
     }
 

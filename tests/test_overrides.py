@@ -162,31 +162,32 @@ def test_a_plan_in_python_is_what_quantize_does(model: hb.QModel) -> None:
 
 
 class Uneven(nn.Module):
-    """Between layers a convolution and a transposed one whose outputs differ in size by far."""
+    """Layers that read channels a thousand times as small as the others, with weights as much larger."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
-        self.up, self.last = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.Conv2d(8, 4, 3)
-        self.head = nn.Linear(4, 3)
+        self.up, self.last = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.Conv2d(8, 4, 3, stride=4)
+        self.linear, self.head = nn.Linear(4 * 3 * 3, 8), nn.Linear(8, 3)
         with torch.no_grad():
-            for layer in (self.conv, self.up):
-                layer.weight[0] *= 1000  # one scale of 8 bits for all would round the others to nothing
+            for layer in (self.first, self.conv, self.last):
+                layer.weight[0] /= 1000
+            for large in (self.conv.weight[:, 0], self.up.weight[0], self.linear.weight[:, :9]):
+                large.mul_(1000)  # one scale of 8 bits for all would round the others to nothing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.up(torch.relu(self.conv(torch.relu(self.first(x))))))
-        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+        return self.head(torch.relu(self.linear(torch.relu(self.last(x)).flatten(1))))
 
 
-@pytest.mark.parametrize("layer", ["conv", "up"])
-def test_the_engine_leaves_layers_in_float_alone(tmp_path: Path, layer: str) -> None:
+@pytest.mark.parametrize(("layer", "kind"), [("conv", "Conv"), ("up", "ConvTranspose"), ("linear", "Gemm")])
+def test_the_engine_leaves_layers_in_float_alone(tmp_path: Path, layer: str, kind: str) -> None:
     torch.manual_seed(1)
     x = torch.randn(32, 3, 8, 8)
     m = hb.calibrate(hb.place(hb.capture(Uneven().eval(), x[:2]), here("onnxruntime"), overrides={layer: None}), [(x,)])
     parity = hb.export_onnx(m, tmp_path / "net.onnx")
     assert parity.proven
     file = onnx.load(tmp_path / "net.onnx")
-    kept = {"conv": "Conv", "up": "ConvTranspose"}[layer]
-    (node,) = [n for n in file.graph.node if n.op_type == kept and f"{layer}.weight" in n.input[1]]
+    (node,) = [n for n in file.graph.node if n.op_type == kind and f"{layer}.weight" in n.input[1]]
     (before,) = [n for n in file.graph.node if node.input[0] in n.output]
     assert before.op_type == "Sum"

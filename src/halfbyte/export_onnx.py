@@ -151,6 +151,7 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
     assert program is not None  # dynamo=True returns a program
     model = program.model
     _fold_sizes(model)
+    _keep_in_float(model)
     _restore_names(model, original)
     if container == "packed":
         _pack(model)
@@ -236,24 +237,8 @@ def _clamp(x: Any, lower: Any, upper: Any) -> Any:
     return op.Clip(x, lower, upper) if single else op.Min(op.Max(x, lower), upper)
 
 
-_PASSED = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-
-
-def _left_in_float(x: Any, weight: Any) -> Any:
-    """What a layer with float weights reads, away from the dequantization in front of it.
-
-    ONNX Runtime would round such a layer's weights to 8 bits, with one scale for all, where it reads dequantized codes.
-    """
-    stored, read = weight.producer(), x.producer()
-    while read is not None and read.op_type in _PASSED:  # the engine moves dequantizations behind these
-        read = read.inputs[0].producer()
-    coded = stored is not None and stored.op_type == "DequantizeLinear"
-    return op.Sum(x) if read is not None and read.op_type == "DequantizeLinear" and not coded else x
-
-
 def _conv(x: Any, weight: Any, bias: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
     tail = () if bias is None else (bias,)
-    x = _left_in_float(x, weight)
     return op.Conv(x, weight, *tail, strides=list(stride), pads=list(pads), dilations=list(dilation), group=groups)
 
 
@@ -262,7 +247,7 @@ def _conv_transpose(
 ) -> Any:
     tail = () if bias is None else (bias,)
     return op.ConvTranspose(
-        _left_in_float(x, weight),
+        x,
         weight,
         *tail,
         strides=list(stride),
@@ -275,7 +260,7 @@ def _conv_transpose(
 
 def _linear(x: Any, weight: Any, bias: Any) -> Any:
     if x.shape is not None and len(x.shape) == 2:
-        return op.Gemm(_left_in_float(x, weight), weight, *(() if bias is None else (bias,)))
+        return op.Gemm(x, weight, *(() if bias is None else (bias,)))
     y = op.MatMul(x, weight)
     return y if bias is None else op.Add(y, bias)
 
@@ -302,6 +287,34 @@ def _fold_sizes(model: ir.Model) -> None:
         warnings.simplefilter("ignore")
         optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type in kept else None)
         optimizer.remove_unused_nodes(model)
+
+
+_LAYERS = {"Conv", "ConvTranspose", "Gemm"}
+_PASSED = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def _keep_in_float(model: ir.Model) -> None:
+    """A sum of one operand between layers with float weights and the dequantization in front of them.
+
+    ONNX Runtime would round such weights to 8 bits, with one scale for all, where the layer reads dequantized codes, also behind
+    what only moves them.
+    """
+    for node in list(model.graph):
+        if node.op_type not in _LAYERS or _dequantized(node.inputs[1]):
+            continue
+        x, source = node.inputs[0], node.inputs[0]
+        while (made := source.producer() if source is not None else None) is not None and made.op_type in _PASSED:
+            source = made.inputs[0]
+        if x is not None and _dequantized(source):
+            apart = ir.node("Sum", [x], name=f"{x.name}:apart")
+            apart.outputs[0].name = f"{x.name}:apart"
+            model.graph.insert_before(node, apart)
+            node.replace_input_with(0, apart.outputs[0])
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    made = None if value is None else value.producer()
+    return made is not None and made.op_type == "DequantizeLinear"
 
 
 def _restore_names(model: ir.Model, original: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ The proxies are in ``proxies``.
 """
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ def sensitivity(
     :class:`DataError` without data.
     """
     u = units(candidates)
-    portions = list(_portions(candidates[max(candidates)], data, samples, labelled=metric == "loss"))
+    portions = _portions(candidates[max(candidates)], data, samples, labelled=metric == "loss")
     if metric in ("noise", "second-order"):
         losses = proxies(candidates, u, [x for x, _ in portions], weighted=metric == "second-order")
         return SensitivityTable({k: _clamped(v) for k, v in losses.items()}, metric, _count(portions))
@@ -94,7 +94,7 @@ def sensitivity(
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
-    return _mean(_whole(m, list(_portions(m, data, samples, labelled=metric == "loss")), _judge(m, metric)))
+    return _mean(_whole(m, _portions(m, data, samples, labelled=metric == "loss"), _judge(m, metric)))
 
 
 def _whole(m: QModel, portions: list[tuple[Inputs, Tensor | None]], judge: "Judge") -> Tensor:
@@ -112,9 +112,7 @@ def _count(portions: list[tuple[Inputs, Tensor | None]]) -> int:
     return sum(len(x[0]) for x, _ in portions)
 
 
-def _portions(
-    m: QModel, data: Iterable[Any], samples: int, *, labelled: bool
-) -> Iterator[tuple[Inputs, Tensor | None]]:
+def _portions(m: QModel, data: Iterable[Any], samples: int, *, labelled: bool) -> list[tuple[Inputs, Tensor | None]]:
     """Some samples at a time, those first that no layer was fitted to, with their labels if there are."""
     batches: list[Any] = []
     read = 0
@@ -130,8 +128,8 @@ def _portions(
     every = unseen_first([(*batch[0], batch[1]) for batch in batches] if labelled else batches)
     count = min(_MOST, fitting(m, m.graph.nodes))
     taken = tuple(torch.cat(parts)[:samples] for parts in zip(*every, strict=True))
-    for part in zip(*(torch.split(t, count) for t in taken), strict=True):
-        yield (part[:-1], part[-1]) if labelled else (part, None)
+    parts = zip(*(torch.split(t, count) for t in taken), strict=True)
+    return [(part[:-1], part[-1]) if labelled else (part, None) for part in parts]
 
 
 # Reference outputs, outputs, labels -> [loss summed over samples, number of samples, decisions that differ], on the CPU.
@@ -235,8 +233,9 @@ def _measured(
 ) -> dict[tuple[str, int], Tensor]:
     """Sums of the judge for each unit and width, with no running values rounded but the unit's own."""
     base = merged(candidates, u, {})
-    every = {(k, w): u.groups.get(k, ()) for k in u.open for w in u.widths[k]}
-    variants = {(k, w): _variant(base, merged(candidates, u, {k: w}), own) for (k, w), own in every.items()}
+    variants = {
+        (k, w): _variant(base, merged(candidates, u, {k: w}), u.groups.get(k, ())) for k in u.open for w in u.widths[k]
+    }
     due: dict[int, list[tuple[str, int]]] = {}
     for key, v in variants.items():
         due.setdefault(v.start, []).append(key)
