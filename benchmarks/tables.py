@@ -305,8 +305,8 @@ def chosen_widths(found: list[dict[str, Any]]) -> list[str]:
         "The integer programme's front over weights of 2, 3, 4, 6 and 8 bits (activations 8 bits, first and last layer 8 bits), beside",
         "uniform widths and a greedy choice under the same budget. *Size* is logical bits over those of float; *noise* is the",
         "noise-to-signal ratio at the outputs of whole networks on test images. Candidates by Descent on float inputs, not calibrated",
-        "again as mixed. Files are exported, proven and scored in ONNX Runtime, after calibration of the mixture. EfficientNet-lite0 and",
-        "MobileNetV2 were measured just before sensitivities took samples first that no layer was fitted to.",
+        "again as mixed. Files are exported, proven and scored in ONNX Runtime, after calibration of the mixture. The fronts of",
+        "EfficientNet-lite0 and MobileNetV2 were measured just before sensitivities took samples first that no layer was fitted to.",
     ]
     for r in found:
         out += [
