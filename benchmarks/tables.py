@@ -390,6 +390,27 @@ def faults(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def limits(found: list[dict[str, Any]]) -> list[str]:
+    out = ["## The automatic recipe", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/limits.py`."]
+    out += [
+        "`--max-drop` without labels: points of decisions that differ from the float network's. *Estimate* and *bound*: what the",
+        "search says of its answer, from held-out samples; *unseen*: the same of the file on images that it has not seen (for the",
+        "large networks other photos than those it calibrated on), and points of accuracy. *Cost*: over the plain run.",
+        "",
+        "| network | bits | limit | answer | estimate | bound | unseen | accuracy | cost |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for f in found:
+        c, u = f["chosen"], f["unseen"]
+        answer = f"{'reached' if f['reached'] else 'not shown' if 'not shown' in f['verdict'] else 'not reached'}: {c['name']}"
+        figures = f"{c['points']:.2f} | {c['bound']:.2f} | {u['changed']:.2f} of {u['images']} | {-u['lost']:+.2f}"
+        cost = f["seconds"] / f["plain_seconds"]
+        out.append(f"| {f['network']} | {f['bits']} | {f['limit']:g} | {answer} | {figures} | {cost:.1f} |")
+    return out
+
+
 def _named(row: dict[str, Any] | None) -> str:
     return "" if row is None else "named first" if row["named"] == row["expected"] else f"*{row['named']}*"
 
@@ -441,7 +462,7 @@ def main() -> None:
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
         "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `solvers.py`, `widths.py`, `other_tasks.py`,",
-        "`other_engine.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
+        "`other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
         + engine
         + ".",
         "",
@@ -473,6 +494,8 @@ def main() -> None:
         *tasks(others),
         "",
         *other_engine(read("openvino-*.json")),
+        "",
+        *limits(read("limits-*.json")),
         "",
         *low_bits(read("low-bits-*.json")),
         "",

@@ -12,7 +12,7 @@ from halfbyte.affine import Grid, fake_quantize
 from halfbyte.correct import ChannelMoments, channel_moments
 from halfbyte.graph import bias_of, by_value, input_axis, is_depthwise, layers, output_values, weight_of
 from halfbyte.grids import MSE
-from halfbyte.model import Inputs, Outputs, QModel, value_name
+from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.run import evaluate_plainly, last_uses, run, steps
 from halfbyte.stats import Histogram, histogram
 
@@ -114,7 +114,7 @@ class Tally:
                 self.right += int((decided == y).sum())
                 self.lost.append((before == y).double() - (decided == y).double())
             else:
-                likely = _probabilities(wanted[0]).double()
+                likely = probabilities(wanted[0]).double()
                 self.lost.append((likely.gather(1, before[:, None]) - likely.gather(1, decided[:, None])).flatten())
 
     @property
@@ -128,7 +128,7 @@ class Tally:
         return Score(noise if math.isfinite(noise) else 1e9, flips, right, lost, sure)
 
 
-def _probabilities(scores: Tensor) -> Tensor:
+def probabilities(scores: Tensor) -> Tensor:
     """Class scores as probabilities, which they may be already."""
     ready = bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
     return scores if ready else scores.softmax(1)
@@ -201,6 +201,16 @@ def _mixed(m: QModel, name: str, inside: Mapping[str, Tensor], outside: Mapping[
             if node is not None:
                 held[str(node.target)] = inside[str(node.target)]
     return held
+
+
+def left_in_float(m: QModel, names: Iterable[str]) -> tuple[QModel, Tap]:
+    """A model, and the tap that simulates it, with some quantizers left out and all others as they are."""
+    groups, held, spared = quantizers(m), dict(m.parameters), set[str]()
+    for name in names:
+        spared.update(groups.get(name, ()))
+        held = _mixed(m, name, m.params, held)
+    case = _Case.only(m, {v for group in groups.values() for v in group} - spared, held)
+    return case.model, case.tap
 
 
 def each_alone(m: QModel, b: Bench) -> dict[str, float]:

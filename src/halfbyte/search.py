@@ -1,47 +1,52 @@
 """The automatic recipe: the cheapest way to quantize that holds a limit on the drop, on samples that no step has seen.
 
 Attempts go from cheap to dear: ranges alone, equalization, descent over the integers, blocks, and wider layers, the most sensitive
-first. Each is judged on held-out samples, with a margin for how few they are; the first that holds the limit is the answer.
+first. Each is judged on held-out samples, with a margin for how few they are; the first that holds the limit is the answer. What
+cannot help is not tried: no other rounding of the weights where the rounded values alone miss the limit, no wider layers where
+leaving them in float misses it.
 """
 
 import math
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.special import betaincinv
-from torch import Tensor
+from torch import fx
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source
 from halfbyte.errors import DataError, UsageError
+from halfbyte.flips import Decided, Points, least_samples, points
 from halfbyte.formats import Bits, Format
-from halfbyte.graph import by_value, layers, output_values, weight_of
-from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
+from halfbyte.graph import by_value, layers, output_values
+from halfbyte.model import Inputs, LogEntry, QModel, Tap, Target, value_name
 from halfbyte.overrides import Overrides
 from halfbyte.pipeline import by_recipe, load_samples
+from halfbyte.place import place, unplaced
 from halfbyte.preprocess import Preprocess
-from halfbyte.probes import Bench, Portion, bench, each_alone
+from halfbyte.probes import Bench, Portion, bench, each_alone, left_in_float, probabilities, quantizers
 from halfbyte.provenance import Hashed, note_data
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.run import run, simulate
 from halfbyte.shown import Shown, plain
 
-_DOUBT = (
-    0.16  # the chance, over all attempts, of calling the limit held where it is not: one standard error of one attempt
-)
+_DOUBT = 0.16  # the chance, over all attempts, of calling a limit held that is not: one standard error of one attempt
 _FEWEST, _MOST = 64, 512  # held-out samples without labels
 _PER_EVENT = 4  # samples for each that the limit allows to change
 _SENSITIVE = 16  # samples that tell which layers are
 _IMPROVES = 0.95  # of the noise: an attempt that leaves more of it is no step worth repeating with more effort
+_TOO_SURE = 0.99  # probability of the decisions: so sure are networks of what they were trained on
+_KIND = ". The network is {:.1%} sure of these samples: if it was trained on them, more decisions change on new ones"
+_SURELY = 0.025  # the chance of leaving out a way that would have helped
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way that was tried: points lost on the held-out samples, and their upper bound; noise-to-signal; seconds."""
+    """One way that was tried: the points that it costs, estimated from the held-out samples (:mod:`halfbyte.flips`), and their upper
+    bound; noise-to-signal; seconds.
+    """
 
     name: str
     points: float
@@ -59,6 +64,7 @@ class Found(Shown):
     """The answer: the model of the first attempt that holds the limit, else of the best one.
 
     limit: points allowed. labelled: points of accuracy, else of decisions that differ from the float network's. samples: held out.
+    left_out: why dearer ways were not tried. sure: how sure the float network is of the held-out samples, on average.
     """
 
     model: QModel
@@ -68,21 +74,29 @@ class Found(Shown):
     samples: int
     attempts: tuple[Attempt, ...]
     chosen: Attempt
+    left_out: tuple[str, ...] = ()
+    sure: float = 0.0
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence, and a second where the samples may be kinder than those to come."""
+        return self._verdict + (_KIND.format(self.sure) if not self.labelled and self.sure > _TOO_SURE else "")
+
+    @property
+    def _verdict(self) -> str:
         what = "points lost" if self.labelled else "points of decisions that differ from float"
         found = f"{self.chosen.points:.2f} {what} on {self.samples} held-out samples, at most {self.chosen.bound:.2f} with confidence"
         if self.reached:
             enough = f"{self.chosen.name} is enough" if len(self.attempts) == 1 else f"reached with {self.chosen.name}"
             return f"{enough}: {found}; the limit is {self.limit:g}"
-        few = least_samples(self.limit)
-        more = f"; {few} samples at least are needed to show {self.limit:g} points" if self.samples < few else ""
-        return f"not reached: the limit is {self.limit:g}, best was {self.chosen.name}: {found}: train{more}"
+        few = least_samples(self.limit, _DOUBT)
+        if self.samples < few and self.chosen.points <= self.limit:
+            more = f"{few} samples at least have to be held out to show {self.limit:g} points: give more"
+            return f"not shown, and perhaps held, by {self.chosen.name}: {found}; {more}"
+        return f"not reached: the limit is {self.limit:g}, best was {self.chosen.name}: {found}: train"
 
     def __str__(self) -> str:
-        return "\n".join([*(str(a) for a in self.attempts), self.verdict])
+        return "\n".join([*(str(a) for a in self.attempts), *self.left_out, self.verdict])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the model."""
@@ -90,28 +104,8 @@ class Found(Shown):
             **{k: getattr(self, k) for k in ("reached", "limit", "labelled", "samples", "verdict")},
             "chosen": self.chosen.name,
             "attempts": plain(self.attempts),
+            "left_out": list(self.left_out),
         }
-
-
-def least_samples(limit: float) -> int:
-    """So many held-out samples are needed to show a limit in points, if no decision changes on any."""
-    return math.ceil(math.log(_DOUBT) / math.log1p(-limit / 100))
-
-
-def upper_bound(changes: Tensor, attempt: int) -> float:
-    """Points [N] of each sample -> an upper bound of their mean, one-sided.
-
-    Exact for decisions that change or not (Clopper and Pearson, Biometrika 1934); normal for gains against losses, with a spread
-    of one more change than was seen. The doubt is split over the attempts so far (Bonferroni): the more are tried, the more
-    certain each has to be.
-    """
-    n, events = len(changes), int((changes != 0).sum())
-    doubt = _DOUBT / attempt
-    exact = 100.0 if events == n else 100 * float(betaincinv(events + 1, n - events, 1 - doubt))
-    if bool((changes >= 0).all()):
-        return exact
-    spread = 100 * math.sqrt((events + 1) / (n + 2) / n)
-    return float(changes.mean()) + statistics.NormalDist().inv_cdf(1 - doubt) * spread
 
 
 def search(
@@ -187,20 +181,35 @@ class _Hunt:
 
     def __post_init__(self) -> None:
         self.attempts: list[Attempt] = []
+        self.left_out: list[str] = []
         self.best: tuple[Attempt, QModel] | None = None
 
     def found(self) -> Found:
-        """Try, cheapest first, until the limit is held."""
+        """Try, cheapest first, until the limit is held, or as good as held where the samples are too few to show it."""
         for attempt in self._ways():
-            if attempt.bound <= self.limit:
+            if (attempt.bound if self.enough else attempt.points) <= self.limit:
                 break
         assert self.best is not None  # there is always a first attempt
         chosen, m = self.best
         done = Found(m, chosen.bound <= self.limit, self.limit, self.bench.labelled, self.bench.samples,
-                     tuple(self.attempts), chosen)  # fmt: skip
+                     tuple(self.attempts), chosen, tuple(self.left_out), self._sure())  # fmt: skip
         entries = [LogEntry("search", None, f"tried {a}", dict(vars(a))) for a in self.attempts]
+        entries += [LogEntry("search", None, text) for text in self.left_out]
         log = LogEntry("search", None, done.verdict, {"reached": done.reached, "limit": self.limit})
         return replace(done, model=m.logged(*entries, log))
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many samples can show the limit at all."""
+        return self.bench.samples >= least_samples(self.limit, _DOUBT)
+
+    def _sure(self) -> float:
+        likeliest = [probabilities(scores).amax(1) for (scores,) in self.bench.wanted]
+        return float(torch.cat(likeliest).mean())
+
+    def _bound(self, cost: Points) -> float:
+        """Of the next attempt. Bonferroni: the more are tried, the surer each has to be."""
+        return cost.most(_DOUBT / (len(self.attempts) + 1))
 
     def _ways(self) -> Iterator[Attempt]:
         """One attempt each time it is asked."""
@@ -210,42 +219,79 @@ class _Hunt:
         plain = replace(default, name="plain", steps=tuple(s for s in default.steps if s["step"] != "equalize"))
         yield self.attempt(f"plain {bits}", plain, self.overrides)
         yield self.attempt(f"{bits}, equalized and corrected", default, self.overrides)
-        before = min(a.noise for a in self.attempts)
-        yield self.attempt(f"{bits}, weights by descent", low, self.overrides)
-        recipe = low if self.attempts[-1].noise <= before else default
-        if narrow < 8 and self.attempts[-1].noise <= _IMPROVES * before:
-            blocks = low.changed("reconstruct", method="blocks")
-            yield self.attempt(f"{bits}, weights by blocks", blocks, self.overrides)
-        yield from self._wider(recipe, narrow)
+        assert self.best is not None  # there were attempts
+        before, recipe, untuned = min(a.noise for a in self.attempts), default, self.best[1]
+        if narrow >= 8 and (least := self._of_values(untuned)) > self.limit:
+            text = "descent: rounding the running values alone costs"
+            self.left_out.append(f"not tried: {text} {least:.2f} points at least, with confidence")
+        else:
+            yield self.attempt(f"{bits}, weights by descent", low, self.overrides)
+            recipe = low if self.attempts[-1].noise <= before else default
+            if narrow < 8 and self.attempts[-1].noise <= _IMPROVES * before:
+                blocks = low.changed("reconstruct", method="blocks")
+                yield self.attempt(f"{bits}, weights by blocks", blocks, self.overrides)
+        yield from self._wider(untuned, recipe, narrow)
 
-    def _wider(self, recipe: Recipe, narrow: int) -> Iterator[Attempt]:
-        """More bits for the layers that cost most: 8 where fewer were asked for, else float."""
-        assert self.best is not None  # attempts were made
-        m = self.best[1]
+    def _of_values(self, m: QModel) -> float:
+        """The lower end of what rounding the running values alone costs, all weights in float."""
+        constant = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
+        alone, _ = self.judged(*left_in_float(m, constant))
+        return alone.least(_SURELY)
+
+    def _wider(self, m: QModel, recipe: Recipe, narrow: int) -> Iterator[Attempt]:
+        """More bits for the layers that cost most: 8 where fewer were asked for, else float.
+
+        How many are enough is first estimated on ``m``, with their values in float where the target would leave or widen them. No
+        layer of it may make up for the rounding of others, which then falls away.
+        """
+        wide, what, share = (Bits(8, 8), "at 8 bits", 1.0) if narrow < 8 else (None, "in float", 0.5)
+        worst = [n for n in self._worst(m) if n in by_value(self.model.graph)]
+        most = int(share * len(worst))
+        counts = sorted({most, *(2**i for i in range(most.bit_length()))} - {0})
+        for count in counts:
+            added = dict.fromkeys(worst[:count], wide)
+            expected, _ = self.judged(*left_in_float(m, self._spared(m, added)))
+            if (self._bound(expected) if self.enough else expected.mean) <= self.limit:
+                break
+        else:
+            if counts:
+                would = f"would still cost about {expected.mean:.2f} points, at most {self._bound(expected):.2f}"
+                self.left_out.append(f"not tried: {most} layers {what}: that {would}")
+            return
+        for n in [c for c in counts if c >= count]:
+            added = {**self.overrides, **dict.fromkeys(worst[:n], wide)}
+            yield self.attempt(f"{narrow} bits, {n} layers {what}", recipe, added)
+
+    def _worst(self, m: QModel) -> list[str]:
+        """Layers by what the rounding around them costs: that of their weight, or of a value that they write or read."""
         few = [(tuple(t[:_SENSITIVE] for t in x), None) for x, _ in self.bench.portions[:1]]
-        nodes, every = by_value(m.graph), layers(m.graph)
-        worst: list[str] = []
+        nodes, every = by_value(m.graph), set(layers(m.graph))
+        found: dict[str, None] = {}
         for value in each_alone(m, bench(m, few)):
-            for user in nodes[value].users:
-                if user in set(every) and value_name(user) not in worst:
-                    worst.append(value_name(user))
-        wide = Format(8) if narrow < 8 else None
-        names = {value_name(n): value_name(w) for n in every if (w := weight_of(n)) is not None}
-        known = set(by_value(self.model.graph))
-        count = 1
-        while count <= max(1, len(worst) // 2):
-            added = {names[n] if wide else n: wide for n in worst[:count] if n in names and {n, names[n]} <= known}
-            what = "with 8-bit weights" if wide else "in float"
-            yield self.attempt(f"{narrow} bits, {count} layers {what}", recipe, {**self.overrides, **added})
-            count *= 2
+            node = nodes[value]
+            around = [*(() if node.op == "get_attr" else _writers(node, every)), *node.users]
+            found |= dict.fromkeys(value_name(n) for n in around if n in every)
+        return list(found)
+
+    def _spared(self, m: QModel, added: Overrides) -> set[str]:
+        """The quantizers that fall away, or become wide, by overrides."""
+        assert m.target is not None  # it was placed
+        widths = {k: self.options[k] for k in ("weight_bits", "activation_bits")}
+        uniform = self.options.get("uniform", False)
+        before, after = (
+            place(unplaced(m), m.target, **widths, uniform=uniform, overrides={**self.overrides, **more}).plan
+            for more in ({}, added)
+        )
+        return {
+            root for root in quantizers(m) if before.get(root) != after.get(root) and f"{root}:quantized" not in after
+        }
 
     def attempt(self, name: str, recipe: Recipe, overrides: Overrides) -> Attempt:
         """Quantize, judge, and keep what is best."""
         start = time.perf_counter()
         m = by_recipe(self.model, self.fit, recipe=recipe, overrides=overrides, **self.options)
-        changes, noise = self.judged(m)
-        bound = upper_bound(changes, len(self.attempts) + 1)
-        done = Attempt(name, float(changes.mean()), bound, noise, time.perf_counter() - start)
+        cost, noise = self.judged(m, simulate(m))
+        done = Attempt(name, cost.mean, self._bound(cost), noise, time.perf_counter() - start)
         self.attempts.append(done)
         before = self.best
         if (
@@ -257,16 +303,18 @@ class _Hunt:
         return done
 
     @torch.no_grad()
-    def judged(self, m: QModel) -> tuple[Tensor, float]:
-        """Points [N] that each held-out sample costs, and the noise at the outputs."""
-        tally, tap = self.bench.tally(), simulate(m)
-        changes: list[Tensor] = []
+    def judged(self, m: QModel, tap: Tap) -> tuple[Points, float]:
+        """Points that rounding costs, and the noise at the outputs."""
+        tally, parts = self.bench.tally(), []
         for (x, y), wanted in zip(self.bench.portions, self.bench.wanted, strict=True):
             got = run(m, x, tap)
             tally.add(got)
-            decided, before = got[0].argmax(1), wanted[0].argmax(1)
-            if y is None:
-                changes.append((decided != before).double())
-            else:
-                changes.append((before == y).double() - (decided == y).double())
-        return 100 * torch.cat(changes), tally.score.noise
+            parts.append(Decided.of(wanted[0], got[0], y))
+        return points(Decided.joined(parts)), tally.score.noise
+
+
+def _writers(node: fx.Node, every: set[fx.Node]) -> list[fx.Node]:
+    """The layers whose outputs a value is made of, through whatever is no layer."""
+    if node in every:
+        return [node]
+    return [w for n in node.all_input_nodes if n.op == "call_function" for w in _writers(n, every)]
