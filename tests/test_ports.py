@@ -1,6 +1,7 @@
 """Fixed batches, names of one's own, raw pixels: the file has them and still computes what was simulated."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import tiny
 from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
 from halfbyte.ports import pixel_grid
+from halfbyte.prove import read
+from halfbyte.recipe import load_recipe
 
 ENGINES = ["onnxruntime", *(["openvino"] if importlib.util.find_spec("openvino") else [])]
 
@@ -147,6 +150,26 @@ def test_a_folder_of_a_file_that_takes_pixels(tmp_path: Path) -> None:
     graph = onnx.load(str(tmp_path / "out" / "model.onnx")).graph
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert hb.evaluate(tmp_path / "out", [((x,), torch.zeros(8, dtype=torch.int64))])
+    assert hb.prove(tmp_path / "out").equal
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_the_proof_of_a_file_with_a_fixed_batch_can_be_repeated(tmp_path: Path, batch: int) -> None:
+    """Also where the file takes more samples at once than were kept for the proof."""
+    hb.export(quantized(), tmp_path / "out", static_batch=batch, input_names=["image"], output_names=["scores"])
+    assert hb.prove(tmp_path / "out").equal
+    stored, arrays = read(tmp_path / "out" / "proof.npz")
+    assert len(arrays["input0"]) == batch * stored["samples"]
+    arrays["input0"] = arrays["input0"] + 1
+    np.savez(tmp_path / "out" / "proof.npz", description=np.frombuffer(json.dumps(stored).encode(), np.uint8), **arrays)
+    assert not hb.prove(tmp_path / "out").equal
+
+
+def test_a_folder_of_a_model_in_memory_tells_its_recipe(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    m = hb.quantize(hb.capture(Net().eval(), x[:2]), [x], bits="W4A8")
+    told = hb.export(m, tmp_path / "out").summary["configuration"]["recipe"]
+    assert told["name"] == "low-bit" and told == load_recipe("low-bit").to_dict()
 
 
 def test_an_input_in_float_takes_no_pixels(tmp_path: Path) -> None:
@@ -168,6 +191,8 @@ def test_the_command_line_writes_such_a_file(tmp_path: Path) -> None:
     scored = tiny.halfbyte("evaluate", tmp_path / "out", "--data", folder)
     assert scored.exit_code == 0 and "decide alike on 100.00%" in scored.output, scored.output
     assert tiny.halfbyte("benchmark", tmp_path / "out", "--rounds", 3).exit_code == 0
+    proved = tiny.halfbyte("prove", tmp_path / "out")
+    assert proved.exit_code == 0 and "equal" in proved.output
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,7 @@ def export_onnx(
     engines.require(engines.engine_of(m))
     ports = Ports(static_batch, input_names, output_names, input_type)
     check_names(m, ports)
-    proof = samples if samples is not None else m.samples
-    proof = proof or example_inputs(m)
-    low = lower(m.to("cpu"))  # where the engine runs that proves the file
-    if ports.input_type == "uint8":
-        low, proof = without_rounding(m, low), input_codes(m, proof)
-    low = replace(low, outputs=tuple(ports.output_names or low.outputs))
+    low, proof = lowered(m, ports, samples)
     fixed = low if ports.static_batch is None else with_batch(low, ports.static_batch)
     model = to_onnx(fixed, metadata=metadata, container=container)
     if ports.input_names is not None:
@@ -94,6 +89,16 @@ def export_onnx(
         )
     os.replace(unproven, path)
     return parity
+
+
+def lowered(m: QModel, ports: Ports, samples: Inputs | None = None) -> tuple[QModel, Inputs]:
+    """What a file with such ports computes, for any batch, and inputs for its proof: ``samples``, else those that the model keeps."""
+    proof = samples if samples is not None else m.samples
+    proof = proof or example_inputs(m)
+    low = lower(m.to("cpu"))  # where the engine runs that proves the file
+    if ports.input_type == "uint8":
+        low, proof = without_rounding(m, low), input_codes(m, proof)
+    return replace(low, outputs=tuple(ports.output_names or low.outputs)), proof
 
 
 def _explain(m: QModel, parity: Parity, unproven: Path) -> str:

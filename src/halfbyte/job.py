@@ -23,7 +23,7 @@ from halfbyte.output import LAYERS, REPORT, STATE, UNPROVEN, check_output, clear
 from halfbyte.parity import Parity
 from halfbyte.pipeline import choice_of, recipe_for
 from halfbyte.place import place
-from halfbyte.ports import pixel_grid
+from halfbyte.ports import Ports, pixel_grid
 from halfbyte.preprocess import Preprocess
 from halfbyte.proof import write_proof
 from halfbyte.prove import MODEL, PROOF
@@ -228,6 +228,9 @@ def finish(
     out: Path, settings: Settings, m: QModel, stages: Stages, command: str, recipe: Mapping[str, Any]
 ) -> Exported:
     """Write the file, prove it, and describe all in ``summary.json`` and the report. Raises :class:`ParityError`."""
+    ports = Ports(
+        settings.static_batch, settings.input_names or None, settings.output_names or None, settings.input_type
+    )
     told = metadata(m, settings.without_folders(), recipe)
     parity: Parity | None = None
     failure: ParityError | None = None
@@ -239,10 +242,7 @@ def finish(
                 out / MODEL,
                 metadata=told,
                 container=settings.container,
-                static_batch=settings.static_batch,
-                input_names=settings.input_names or None,
-                output_names=settings.output_names or None,
-                input_type=settings.input_type,
+                **vars(ports),
             ),
         )
     except ParityError as error:
@@ -252,8 +252,8 @@ def finish(
         raise
     if parity is not None:
         note_proof(out / MODEL, parity)
-        if _portable(settings, m):
-            stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF))
+        if m.target is not None and m.target.engine == "onnxruntime":
+            stages.run("store the proof", lambda: write_proof(m, out / MODEL, out / PROOF, ports))
     if settings.encodings and failure is None:
         stages.run("encodings", lambda: export_encodings(m, out))
     described = stages.run("describe", lambda: _describe(out, settings, m, parity, stages, command, recipe))
@@ -262,13 +262,6 @@ def finish(
     if failure is not None:
         raise failure
     return Exported(str(out), described)
-
-
-def _portable(settings: Settings, m: QModel) -> bool:
-    """Whether the file takes what the simulation takes, in ONNX Runtime, so that numpy and that engine can repeat the proof."""
-    ports = settings.static_batch, settings.input_names, settings.output_names
-    plain = settings.input_type == "float32" and not any(ports)
-    return plain and m.target is not None and m.target.engine == "onnxruntime"
 
 
 def _describe(

@@ -70,7 +70,8 @@ def by_recipe(
     else:
         m = model.logged(LogEntry("quantize", None, f"no calibration data: {NO_DATA}"))
     known = {**_input_range(model, preprocess), **(ranges or {})}
-    m = m.logged(LogEntry("quantize", None, f"recipe {followed.name}, version {followed.version}"))
+    told = f"recipe {followed.name}, version {followed.version}"
+    m = m.logged(LogEntry("quantize", None, told, {"recipe": followed.to_dict()}))
     if where.narrow_products:
         reason = "this CPU adds pairs of 8-bit products in 16 bits; weight scales are widened so that no pair saturates"
         m = m.logged(LogEntry("quantize", None, f"target {where.name}: {reason}"))

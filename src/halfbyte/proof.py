@@ -13,13 +13,13 @@ from torch import Tensor, fx
 
 from halfbyte import engine
 from halfbyte.errors import ParityError
-from halfbyte.export_onnx import example_inputs
+from halfbyte.export_onnx import lowered
 from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
-from halfbyte.lower import lower
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import CLIP_CODES, QUANTIZE
 from halfbyte.parity import exposed_values, from_integers, integer_written
+from halfbyte.ports import Ports
 from halfbyte.prove import VERSION, Array, Engine, digest
 from halfbyte.store import write_whole
 
@@ -28,17 +28,20 @@ _INPUT_BYTES, _VALUE_BYTES = 4 << 20, 2 << 20  # what inputs and elements of val
 _FEWEST = 64  # elements of each value
 
 
-def write_proof(m: QModel, file: Path, path: Path) -> None:
-    """Store what a proven file has to compute on up to four of the model's samples.
+def write_proof(m: QModel, file: Path, path: Path, ports: Ports | None = None) -> None:
+    """Store what a proven file, exported with such ports, has to compute on up to four of the model's samples.
 
     Values that integer kernels write are stored as the integer simulation computes them, those behind float operations as
     the engine does: there, rounding may differ elsewhere. The size is bounded: of each value a digest and some elements.
     Raises :class:`StoreError`.
     """
-    low = lower(m.to("cpu"))
+    ports = ports or Ports()
+    low, samples = lowered(m, ports)
     data = file.read_bytes()
-    samples = m.samples or example_inputs(m)
     rows = 1 if low.dynamic else len(samples[0])
+    if ports.static_batch is not None:  # there may be fewer samples than the file takes at once
+        rows = ports.static_batch
+        samples = tuple(t[torch.arange(max(rows, len(t))) % len(t)] for t in samples)
     each = sum(t[:rows].numel() * t.element_size() for t in samples)
     count = max(1, min(SAMPLES, len(samples[0]) // rows, _INPUT_BYTES // max(each, 1)))
     records = _records(low, exposed_values(data))

@@ -51,7 +51,7 @@ def export(
              "input_names": tuple(input_names), "output_names": tuple(output_names), "input_type": input_type,
              "preprocess": None if preprocess is None else preprocess.to_dict()}  # fmt: skip
     if isinstance(source, QModel):
-        m, settings, command, recipe = source, _settings_of(source), "", {}
+        m, settings, command, recipe = source, _settings_of(source), "", _recipe_of(source)
     else:
         m, _, _, described = open_output(Path(source))
         settings, recipe = earlier_settings(Path(source)), described["configuration"]["recipe"]
@@ -91,6 +91,11 @@ def _settings_of(m: QModel) -> Settings:
     ]
     w, a = (",".join(map(str, bits)) or "8" for bits in widths)
     return Settings(network="", calibration=None, output="", target=m.target.name, bits=f"W{w}A{a}")
+
+
+def _recipe_of(m: QModel) -> dict[str, Any]:
+    """The recipe that made a model, from its log; nothing where it was made step by step."""
+    return next((dict(e.figures["recipe"]) for e in reversed(m.log) if "recipe" in e.figures), {})
 
 
 def _check_target(source: Result, m: QModel, where: Target, settings: Settings) -> None:
