@@ -262,10 +262,13 @@ def uneven(e: Evidence) -> Iterable[Cause]:
     yield from _uneven_weights(e)
     broad = {v: _dominance(s.high, s.low) for v, s in e.seen.items()}
     fitting = [v for v, s in e.seen.items() if _misfit(s) <= _MISFIT]
+    peaks = [v for v, s in e.seen.items() if s.peak >= _PEAK]
+    cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in peaks if v not in fitting}
+    if cut and e.gain(cut) >= _GAIN:  # what lies beyond the range of least error is not needed: the range is to blame
+        peaks = [v for v in peaks if v in fitting]
     # a channel dominates by what it usually is; one that is wide by rare values alone is a matter of those
     bulk = {v: _dominance(e.seen[v].usual, -e.seen[v].usual) for v in fitting}
     values = [v for v in fitting if broad[v] >= _DOMINATES and bulk[v] ** 2 >= broad[v]]
-    peaks = [v for v in fitting if e.seen[v].peak >= _PEAK]
     by_channel = e.gain({v: _per_channel(e.m, v, e.seen[v]) for v in values}) if values else 0.0
     by_width = e.gain({v: _widened(e.seen[v], e.m, v) for v in peaks}) if peaks else 0.0
     if by_channel >= _GAIN:

@@ -211,6 +211,10 @@ class _Hunt:
         """Of the next attempt. Bonferroni: the more are tried, the surer each has to be."""
         return cost.most(_DOUBT / (len(self.attempts) + 1))
 
+    def _holds(self, cost: Points) -> bool:
+        """Whether the next attempt would hold the limit at such a cost, or look as if it did where that cannot be shown."""
+        return (self._bound(cost) if self.enough else cost.mean) <= self.limit
+
     def _ways(self) -> Iterator[Attempt]:
         """One attempt each time it is asked."""
         narrow = min(self.options["weight_bits"], self.options["activation_bits"])
@@ -248,19 +252,21 @@ class _Hunt:
         worst = [n for n in self._worst(m) if n in by_value(self.model.graph)]
         most = int(share * len(worst))
         counts = sorted({most, *(2**i for i in range(most.bit_length()))} - {0})
-        for count in counts:
+
+        def expected(count: int) -> Points:
             added = dict.fromkeys(worst[:count], wide)
-            expected, _ = self.judged(*left_in_float(m, self._spared(m, added)))
-            if (self._bound(expected) if self.enough else expected.mean) <= self.limit:
-                break
-        else:
-            if counts:
-                would = f"would still cost about {expected.mean:.2f} points, at most {self._bound(expected):.2f}"
-                self.left_out.append(f"not tried: {most} layers {what}: that {would}")
+            return self.judged(*left_in_float(m, self._spared(m, added)))[0]
+
+        if not counts:
             return
+        if not self._holds(last := expected(most)):
+            would = f"would still cost about {last.mean:.2f} points, at most {self._bound(last):.2f}"
+            self.left_out.append(f"not tried: {most} layers {what}: that {would}")
+            return
+        count = next(c for c in counts if c == most or self._holds(expected(c)))
         for n in [c for c in counts if c >= count]:
-            added = {**self.overrides, **dict.fromkeys(worst[:n], wide)}
-            yield self.attempt(f"{narrow} bits, {n} layers {what}", recipe, added)
+            widened = {**self.overrides, **dict.fromkeys(worst[:n], wide)}
+            yield self.attempt(f"{narrow} bits, {n} layers {what}", recipe, widened)
 
     def _worst(self, m: QModel) -> list[str]:
         """Layers by what the rounding around them costs: that of their weight, or of a value that they write or read."""
