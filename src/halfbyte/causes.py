@@ -261,11 +261,14 @@ def uneven(e: Evidence) -> Iterable[Cause]:
         return
     yield from _uneven_weights(e)
     broad = {v: _dominance(s.high, s.low) for v, s in e.seen.items()}
-    fitting = [v for v, s in e.seen.items() if _misfit(s) <= _MISFIT]
-    peaks = [v for v, s in e.seen.items() if s.peak >= _PEAK]
-    cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in peaks if v not in fitting}
-    if cut and e.gain(cut) >= _GAIN:  # what lies beyond the range of least error is not needed: the range is to blame
-        peaks = [v for v in peaks if v in fitting]
+    misfits = {v: _misfit(s) for v, s in e.seen.items()}
+    fitting = [v for v, ratio in misfits.items() if ratio <= _MISFIT]
+    spread = [
+        v for v, s in e.seen.items() if s.peak >= _PEAK or (v not in fitting and s.grid.scale > s.best_grid.scale)
+    ]
+    cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in spread if v not in fitting}
+    # where what lies beyond the range of least error is not needed, the range is to blame
+    peaks = [v for v in spread if v in fitting] if cut and e.gain(cut) >= _GAIN else spread
     # a channel dominates by what it usually is; one that is wide by rare values alone is a matter of those
     bulk = {v: _dominance(e.seen[v].usual, -e.seen[v].usual) for v in fitting}
     values = [v for v in fitting if broad[v] >= _DOMINATES and bulk[v] ** 2 >= broad[v]]
@@ -285,11 +288,15 @@ def uneven(e: Evidence) -> Iterable[Cause]:
         )  # fmt: skip
     if by_width >= _GAIN and by_channel < 0.5 * by_width:
         worst = max(peaks, key=lambda v: (e.alone.get(v, 0.0), e.seen[v].peak))
+        peak, ratio = e.seen[worst].peak, misfits[worst]
+        measured, least, text = peak, _PEAK, f"the largest value of {worst} is {peak:.0f} times the 99.9 % quantile"
+        if peak < _PEAK:
+            measured, least = ratio, _MISFIT
+            text = f"the few largest values of {worst}, which are needed, cost all others {ratio:.0f} times the least error"
         yield Cause(
             "outlier activations",
-            f"the largest value of {worst} is {e.seen[worst].peak:.0f} times the 99.9 % quantile; {_KNEE} bits for such values "
-            f"would take {by_width:.0%} of the noise away",
-            e.seen[worst].peak, _PEAK, "one value in a thousand costs all others two bits", by_width,
+            f"{text}; {_KNEE} bits for such values would take {by_width:.0%} of the noise away",
+            measured, least, "a few values cost all others two bits and more", by_width,
             e.again(*(f"--keep-float '{n}'" for n in _readers(e.m, worst)[:1])), values=tuple(peaks),
         )  # fmt: skip
 
