@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.calibrate import Progress, silent
-from halfbyte.causes import FINE, POINTS, RULES, Evidence
+from halfbyte.causes import RULES
 from halfbyte.data import Source
 from halfbyte.diagnosis import Cause, Channels, Diagnosis, Repair, Step, Verdict
 from halfbyte.errors import DataError, HalfbyteError, UsageError
+from halfbyte.evidence import FINE, POINTS, Evidence
 from halfbyte.lower import lower
 from halfbyte.matching import SHIFT, match
 from halfbyte.model import Inputs, Outputs, QModel
