@@ -43,15 +43,13 @@ def test_right_on_average_and_surer_than_a_count(truth: tuple[float, float], lab
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_bounds_cover_as_often_as_they_say(truth: tuple[float, float], labelled: bool) -> None:
-    below, above = 0, 0
+    below = 0
     for seed in range(1000, 1300):
         wanted, got, labels = scores(150, seed)
         found = points(Decided.of(wanted, got, labels if labelled else None))
         below += found.most(0.16) < truth[labelled]
-        above += found.least(0.16) > truth[labelled]
-        assert found.least(0.16) < found.mean < found.most(0.16)
+        assert found.mean < found.most(0.16) < found.most(0.01)
     assert below / 300 < 0.16 + 0.05
-    assert above / 300 < 0.16 + 0.05
 
 
 def test_nothing_changes_where_there_is_no_noise() -> None:

@@ -71,15 +71,9 @@ class Points:
 
         There may be samples nearer to a change than all that were seen; one more, which changes as often as not, stands for them.
         """
-        return self._end(torch.cat([self.by_sample, self.by_sample.new_full((1,), _UNSEEN)]), 1 - doubt)
-
-    def least(self, doubt: float) -> float:
-        """The truth lies below this with a chance of about ``doubt``."""
-        return self._end(self.by_sample, doubt)
-
-    def _end(self, every: Tensor, chance: float) -> float:
+        every = torch.cat([self.by_sample, self.by_sample.new_full((1,), _UNSEEN)])
         variance = every.var(correction=0) / len(every) + self.by_error.var(correction=0) / len(self.by_error)
-        return float(every.mean()) + statistics.NormalDist().inv_cdf(chance) * math.sqrt(float(variance))
+        return float(every.mean()) + statistics.NormalDist().inv_cdf(1 - doubt) * math.sqrt(float(variance))
 
 
 def points(d: Decided) -> Points:

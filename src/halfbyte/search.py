@@ -39,7 +39,6 @@ _SENSITIVE = 16  # samples that tell which layers are
 _IMPROVES = 0.95  # of the noise: an attempt that leaves more of it is no step worth repeating with more effort
 _TOO_SURE = 0.99  # probability of the decisions: so sure are networks of what they were trained on
 _KIND = ". The network is {:.1%} sure of these samples: if it was trained on them, more decisions change on new ones"
-_SURELY = 0.025  # the chance of leaving out a way that would have helped
 
 
 @dataclass(frozen=True)
@@ -225,9 +224,9 @@ class _Hunt:
         yield self.attempt(f"{bits}, equalized and corrected", default, self.overrides)
         assert self.best is not None  # there were attempts
         before, recipe, untuned = min(a.noise for a in self.attempts), default, self.best[1]
-        if narrow >= 8 and (least := self._of_values(untuned)) > self.limit:
-            text = "descent: rounding the running values alone costs"
-            self.left_out.append(f"not tried: {text} {least:.2f} points at least, with confidence")
+        if narrow >= 8 and not self._holds(alone := self._of_values(untuned)):
+            costs = f"{alone.mean:.2f} points, at most {self._bound(alone):.2f}"
+            self.left_out.append(f"not tried: descent: rounding the running values alone, no weight, costs {costs}")
         else:
             yield self.attempt(f"{bits}, weights by descent", low, self.overrides)
             recipe = low if self.attempts[-1].noise <= before else default
@@ -236,11 +235,10 @@ class _Hunt:
                 yield self.attempt(f"{bits}, weights by blocks", blocks, self.overrides)
         yield from self._wider(untuned, recipe, narrow)
 
-    def _of_values(self, m: QModel) -> float:
-        """The lower end of what rounding the running values alone costs, all weights in float."""
+    def _of_values(self, m: QModel) -> Points:
+        """What rounding the running values alone costs, all weights in float: no other rounding of the weights does better."""
         constant = {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
-        alone, _ = self.judged(*left_in_float(m, constant))
-        return alone.least(_SURELY)
+        return self.judged(*left_in_float(m, constant))[0]
 
     def _wider(self, m: QModel, recipe: Recipe, narrow: int) -> Iterator[Attempt]:
         """More bits for the layers that cost most: 8 where fewer were asked for, else float.
