@@ -22,6 +22,7 @@ _PAIR = (2**15 - 1) / 255  # the largest sum of two neighbouring codes whose pro
 _MISFIT = 4.0  # a grid with this many times the error of the best one costs a bit or more
 _DOMINATES = 8.0  # the widest channel over the median one: the median channel is left with three bits fewer
 _PEAK = 4.0  # the largest magnitude over the 99.9 % quantile: two bits for one value in a thousand
+_SOME_PEAK = 2.0  # where no range of few bits fits, already one bit for one value in a thousand tells why
 _BIASED = 0.2  # of the error's power is the same for every sample; where biases were corrected, hardly any is
 _KNEE = 24  # bits of the trial that shows how much a value's rounding costs: as good as float
 
