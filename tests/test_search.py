@@ -90,11 +90,18 @@ def test_too_few_samples_to_show_anything(model: QModel) -> None:
     assert "not shown, and perhaps held" in found.verdict and "99 samples at least" in found.verdict
 
 
-def test_warns_of_samples_that_are_too_easy(model: QModel) -> None:
+def test_samples_that_are_too_easy_show_nothing(model: QModel) -> None:
+    """A network is as sure as this only of what it was trained on, where fewer decisions change than elsewhere; labels tell."""
     sharp = replace(model, params={**model.params, "last.weight": 50 * model.params["last.weight"]})
     found = search(sharp, data(640), max_drop=2.0, target=ONNXRUNTIME_AVX2, samples=128)
     assert found.sure > 0.99
-    assert "if it was trained on them" in found.verdict
+    assert len(found.attempts) == 1 and found.chosen.bound <= 2.0 and not found.reached
+    assert "probably trained on them" in found.verdict and "--validation" in found.verdict
+    x, y = pixels(400, 8)
+    judged = search(
+        sharp, data(128), max_drop=2.0, validation=[((prepared(x),), y)], target=ONNXRUNTIME_AVX2, samples=128
+    )
+    assert judged.reached
 
 
 def test_held_out_samples_are_not_fitted_to() -> None:

@@ -38,7 +38,6 @@ _PER_EVENT = 4  # samples for each that the limit allows to change
 _SENSITIVE = 16  # samples that tell which layers are
 _IMPROVES = 0.95  # of the noise: an attempt that leaves more of it is no step worth repeating with more effort
 _TOO_SURE = 0.99  # probability of the decisions: so sure are networks of what they were trained on
-_KIND = ". The network is {:.1%} sure of these samples: if it was trained on them, more decisions change on new ones"
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ class Attempt:
 class Found(Shown):
     """The answer: the model of the first attempt that holds the limit, else of the best one.
 
-    limit: points allowed. labelled: points of accuracy, else of decisions that differ from the float network's. samples: held out.
-    left_out: why dearer ways were not tried. sure: how sure the float network is of the held-out samples, on average.
+    reached: the limit is shown to hold for samples to come. limit: points allowed. labelled: points of accuracy, else of decisions
+    that differ from the float network's. samples: held out. left_out: why dearer ways were not tried. sure: how sure the float
+    network is of the held-out samples, on average: those that it was trained on show nothing about others.
     """
 
     model: QModel
@@ -78,16 +78,17 @@ class Found(Shown):
 
     @property
     def verdict(self) -> str:
-        """One sentence, and a second where the samples may be kinder than those to come."""
-        return self._verdict + (_KIND.format(self.sure) if not self.labelled and self.sure > _TOO_SURE else "")
-
-    @property
-    def _verdict(self) -> str:
+        """One sentence."""
         what = "points lost" if self.labelled else "points of decisions that differ from float"
         found = f"{self.chosen.points:.2f} {what} on {self.samples} held-out samples, at most {self.chosen.bound:.2f} with confidence"
         if self.reached:
             enough = f"{self.chosen.name} is enough" if len(self.attempts) == 1 else f"reached with {self.chosen.name}"
             return f"{enough}: {found}; the limit is {self.limit:g}"
+        if self.chosen.bound <= self.limit:
+            return (
+                f"not shown, and perhaps held, by {self.chosen.name}: {found}; but the network is {self.sure:.1%} sure of them: it "
+                "was probably trained on them, and more decisions change on others: give others, or labelled ones with --validation"
+            )
         few = least_samples(self.limit, _DOUBT)
         if self.samples < few and self.chosen.points <= self.limit:
             more = f"{few} samples at least have to be held out to show {self.limit:g} points: give more"
@@ -190,8 +191,10 @@ class _Hunt:
                 break
         assert self.best is not None  # there is always a first attempt
         chosen, m = self.best
-        done = Found(m, chosen.bound <= self.limit, self.limit, self.bench.labelled, self.bench.samples,
-                     tuple(self.attempts), chosen, tuple(self.left_out), self._sure())  # fmt: skip
+        sure = self._sure()
+        kind = self.bench.labelled or sure <= _TOO_SURE
+        done = Found(m, kind and chosen.bound <= self.limit, self.limit, self.bench.labelled, self.bench.samples,
+                     tuple(self.attempts), chosen, tuple(self.left_out), sure)  # fmt: skip
         entries = [LogEntry("search", None, f"tried {a}", dict(vars(a))) for a in self.attempts]
         entries += [LogEntry("search", None, text) for text in self.left_out]
         log = LogEntry("search", None, done.verdict, {"reached": done.reached, "limit": self.limit})
