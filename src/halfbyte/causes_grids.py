@@ -121,9 +121,7 @@ def uneven(e: Evidence) -> Iterable[Cause]:
     broad = {v: _dominance(s.high, s.low) for v, s in e.seen.items()}
     misfits = {v: _misfit(s) for v, s in e.seen.items()}
     fitting = [v for v, ratio in misfits.items() if ratio <= _MISFIT]
-    spread = [
-        v for v, s in e.seen.items() if s.peak >= _PEAK or (v not in fitting and s.grid.scale > s.best_grid.scale)
-    ]
+    spread = [v for v, s in e.seen.items() if s.peak >= (_PEAK if v in fitting else _SOME_PEAK)]
     cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in spread if v not in fitting}
     # where what lies beyond the range of least error is not needed, the range is to blame
     peaks = [v for v in spread if v in fitting] if cut and e.gain(cut) >= GAIN else spread
