@@ -52,6 +52,12 @@ def test_bounds_cover_as_often_as_they_say(truth: tuple[float, float], labelled:
     assert below / 300 < 0.16 + 0.05
 
 
+def test_probabilities_are_judged_as_their_logits() -> None:
+    wanted, got, _ = scores(400, 11)
+    by_logits = points(Decided.of(wanted, got)).mean
+    assert points(Decided.of(wanted.softmax(1), got.softmax(1))).mean == pytest.approx(by_logits, rel=1e-3)
+
+
 def test_nothing_changes_where_there_is_no_noise() -> None:
     wanted, _, labels = scores(300, 5)
     for y in (None, labels):

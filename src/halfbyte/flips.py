@@ -18,7 +18,13 @@ from torch import Tensor
 _RANKS = 8  # classes that may win: the likeliest ones
 _ERRORS = 256  # samples whose errors are tried on all others
 _AT_ONCE = 256  # samples whose pairs are held at once
+_LEAST_PROBABILITY = 1e-12
 _UNSEEN = 50.0  # points of a sample that changes as often as not
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether class scores [N, classes] are probabilities already."""
+    return bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,10 @@ class Decided:
 
     @staticmethod
     def of(wanted: Tensor, got: Tensor, labels: Tensor | None = None) -> "Decided":
-        """From the float network's scores and the quantized one's, both [N, classes]."""
+        """From the float network's scores and the quantized one's, both [N, classes]; of probabilities the logarithms are taken."""
         wanted, got = wanted.detach().double().cpu(), got.detach().double().cpu()
+        if are_probabilities(wanted):  # their errors vanish where a sample is clear; those of logits do not
+            wanted, got = (t.clamp(min=_LEAST_PROBABILITY).log() for t in (wanted, got))
         top = wanted.topk(min(_RANKS, wanted.shape[1]), dim=1)
         errors = (got - wanted).gather(1, top.indices)
         return Decided(

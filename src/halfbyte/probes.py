@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize
 from halfbyte.correct import ChannelMoments, channel_moments
+from halfbyte.flips import are_probabilities
 from halfbyte.graph import bias_of, by_value, input_axis, is_depthwise, layers, output_values, weight_of
 from halfbyte.grids import MSE
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
@@ -130,8 +131,7 @@ class Tally:
 
 def probabilities(scores: Tensor) -> Tensor:
     """Class scores as probabilities, which they may be already."""
-    ready = bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() < 1e-3).all())
-    return scores if ready else scores.softmax(1)
+    return scores if are_probabilities(scores) else scores.softmax(1)
 
 
 def _beyond_chance(lost: list[Tensor]) -> tuple[float, float]:
