@@ -142,9 +142,10 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "pass takes longer). *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the method",
         "over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was taken.",
         "Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work ran on",
-        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Of MobileNetV2 and",
-        "EfficientNet-lite0 W4A4 by descent and W4A8 per tensor are the newest; all other rows are from before ranges of weights with",
-        "zero-points were searched at both ends, which moves rows per channel little.",
+        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Of the large",
+        "networks W4A4 by descent and W4A8 per tensor of MobileNetV2 and EfficientNet-lite0, the uniform rows, and blocks of",
+        "MobileNetV2 at W3A8 and of ResNet50 are the newest; all other rows are from before ranges of weights with zero-points were",
+        "searched at both ends, which moves rows per channel little.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
