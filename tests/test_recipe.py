@@ -1,6 +1,7 @@
 """Recipes: listed, read, checked, followed; guards keep the better model; no data at all works from start to end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,23 @@ def test_a_guard_undoes_what_makes_things_worse(monkeypatch: pytest.MonkeyPatch)
         hb.predict(guarded, (x,))[0], hb.predict(hb.quantize(network(), batches(), recipe=without_absorb()), (x,))[0]
     )
     assert good.grids
+
+
+def test_blocks_that_do_worse_together_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may do better on its own; what they do to the outputs decides."""
+    options = {"bits": "W3A4", "rounding": "blocks", "iterations": 2}
+    kept = [e.message for e in hb.quantize(network(), batches(), **options).log if e.message.startswith("blocks ")]
+    assert len(kept) == 1 and "at the outputs on held-out samples" in kept[0]
+
+    def worse(m: hb.QModel, *_: object, **__: object) -> hb.QModel:
+        return replace(m, tuned={k: v + 3 if "bias" in k else v for k, v in m.parameters.items()})
+
+    monkeypatch.setattr("halfbyte.steps.refine", worse)
+    m = hb.quantize(network(), batches(), **options)
+    assert any(e.message.startswith("blocks undone") for e in m.log)
+    x = batches()[0]
+    (got,), (wanted,) = hb.predict(m, (x,)), hb.predict(m.as_float(), (x,))
+    assert float((got - wanted).abs().mean()) < 1, "the damage is gone"
 
 
 def without_absorb() -> recipe.Recipe:
