@@ -121,10 +121,7 @@ def uneven(e: Evidence) -> Iterable[Cause]:
     broad = {v: _dominance(s.high, s.low) for v, s in e.seen.items()}
     misfits = {v: _misfit(s) for v, s in e.seen.items()}
     fitting = [v for v, ratio in misfits.items() if ratio <= _MISFIT]
-    spread = [v for v, s in e.seen.items() if s.peak >= (_PEAK if v in fitting else _SOME_PEAK)]
-    cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in spread if v not in fitting}
-    # where what lies beyond the range of least error is not needed, the range is to blame
-    peaks = [v for v in spread if v in fitting] if cut and e.gain(cut) >= GAIN else spread
+    peaks = _peaks(e, fitting)
     # a channel dominates by what it usually is; one that is wide by rare values alone is a matter of those
     bulk = {v: _dominance(e.seen[v].usual, -e.seen[v].usual) for v in fitting}
     values = [v for v in fitting if broad[v] >= _DOMINATES and bulk[v] ** 2 >= broad[v]]
@@ -155,6 +152,13 @@ def uneven(e: Evidence) -> Iterable[Cause]:
             measured, least, "a few values cost all others two bits and more", by_width,
             e.again(*(f"--keep-float '{n}'" for n in _readers(e.m, worst)[:1])), values=tuple(peaks),
         )  # fmt: skip
+
+
+def _peaks(e: Evidence, fitting: list[str]) -> list[str]:
+    """Values with a few far larger than all others, which are needed: fitting ones, and others unless the range is to blame."""
+    found = [v for v, s in e.seen.items() if s.peak >= (_PEAK if v in fitting else _SOME_PEAK)]
+    cut = {v: _regrid(e.m, v, e.seen[v].best_grid) for v in found if v not in fitting}
+    return [v for v in found if v in fitting] if cut and e.gain(cut) >= GAIN else found
 
 
 def _readers(m: QModel, value: str) -> list[str]:

@@ -13,8 +13,8 @@ from halfbyte.calibrate import calibrate
 from halfbyte.errors import UsageError
 from halfbyte.losses import noise_to_signal
 from halfbyte.mixed import Tradeoff, swept
-from halfbyte.model import LogEntry, QModel
-from halfbyte.steps import PYTHON_NAMES, STEPS, Context, candidates, place_step
+from halfbyte.model import QModel
+from halfbyte.steps import PYTHON_NAMES, STEPS, Context, better, candidates, place_step
 
 VERSION = 1
 
@@ -186,10 +186,7 @@ def _choosing(recipe: Recipe) -> tuple[Mapping[str, Any], ...]:
 def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:
     held_out = c.held_out()
     figures = [noise_to_signal(v if placed else _finished(v, c), held_out, before.as_float()) for v in (before, after)]
-    shown = f"{figures[0]:.4g} before, {figures[1]:.4g} after"
-    if figures[1] <= figures[0]:
-        return after.logged(LogEntry(name, None, f"kept: noise-to-signal at the outputs on held-out samples {shown}"))
-    return before.logged(LogEntry(name, None, f"undone: noise-to-signal at the outputs on held-out samples {shown}"))
+    return better(name, before, after, figures)
 
 
 def _finished(m: QModel, c: Context) -> QModel:

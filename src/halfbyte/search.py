@@ -187,7 +187,7 @@ class _Hunt:
     def found(self) -> Found:
         """Try, cheapest first, until the limit is held, or as good as held where the samples are too few to show it."""
         for attempt in self._ways():
-            if (attempt.bound if self.enough else attempt.points) <= self.limit:
+            if self._within(attempt.points, attempt.bound):
                 break
         assert self.best is not None  # there is always a first attempt
         chosen, m = self.best
@@ -213,9 +213,13 @@ class _Hunt:
         """Of the next attempt. Bonferroni: the more are tried, the surer each has to be."""
         return cost.most(_DOUBT / (len(self.attempts) + 1))
 
+    def _within(self, points: float, bound: float) -> bool:
+        """Whether the limit is held, or looks held where so few samples cannot show it."""
+        return (bound if self.enough else points) <= self.limit
+
     def _holds(self, cost: Points) -> bool:
-        """Whether the next attempt would hold the limit at such a cost, or look as if it did where that cannot be shown."""
-        return (self._bound(cost) if self.enough else cost.mean) <= self.limit
+        """Whether the next attempt would be within the limit at such a cost."""
+        return self._within(cost.mean, self._bound(cost))
 
     def _ways(self) -> Iterator[Attempt]:
         """One attempt each time it is asked."""
@@ -285,12 +289,9 @@ class _Hunt:
         assert m.target is not None  # it was placed
         widths = {k: self.options[k] for k in ("weight_bits", "activation_bits")}
         uniform = self.options.get("uniform", False)
-        before, after = (
-            place(unplaced(m), m.target, **widths, uniform=uniform, overrides={**self.overrides, **more}).plan
-            for more in ({}, added)
-        )
+        plan = place(unplaced(m), m.target, **widths, uniform=uniform, overrides={**self.overrides, **added}).plan
         return {
-            root for root in quantizers(m) if before.get(root) != after.get(root) and f"{root}:quantized" not in after
+            root for root in quantizers(m) if m.plan.get(root) != plan.get(root) and f"{root}:quantized" not in plan
         }
 
     def attempt(self, name: str, recipe: Recipe, overrides: Overrides) -> Attempt:

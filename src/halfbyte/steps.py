@@ -1,7 +1,7 @@
 """The steps that recipes are made of: what each does with a model, by what it is told and by what all of them know."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -253,6 +253,13 @@ def _reconstruct(
     )  # fmt: skip
 
 
+def better(stage: str, before: QModel, after: QModel, noise: Sequence[float], *, what: str = "") -> QModel:
+    """Of the models before and after a step the one with less noise at the outputs on held-out samples, which its log tells."""
+    kept = noise[1] <= noise[0]
+    told = f"noise-to-signal at the outputs on held-out samples {noise[0]:.4g} before, {noise[1]:.4g} after"
+    return (after if kept else before).logged(LogEntry(stage, None, f"{what}{'kept' if kept else 'undone'}: {told}"))
+
+
 def _gradually(m: QModel, c: Context, iterations: int) -> QModel:
     """Blocks, one after another, then all of the network together; a time limit alone means as many steps as fit.
 
@@ -266,10 +273,8 @@ def _gradually(m: QModel, c: Context, iterations: int) -> QModel:
         kept=c.kept, progress=c.progress,
     )  # fmt: skip
     _, held = split(c.source)
-    before, after = (noise_to_signal(v, held, m.as_float()) for v in (m, refined))
-    told = f"noise-to-signal at the outputs on held-out samples {before:.4g} before, {after:.4g} after"
-    m = refined if after <= before else replace(m, log=refined.log)
-    m = m.logged(LogEntry("reconstruct", None, f"blocks {'kept' if after <= before else 'undone'}: {told}"))
+    noise = [noise_to_signal(v, held, m.as_float()) for v in (m, refined)]
+    m = better("reconstruct", replace(m, log=refined.log), refined, noise, what="blocks ")
     left = None if limit is None else limit - (time.monotonic() - start)
     return tune(
         m, c.source, learn=LEARNED, features=True, mix=True, iterations=steps, seed=c.seed, time_limit=left,
