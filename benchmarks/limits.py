@@ -19,8 +19,8 @@ from classification import NETWORKS
 from dfq import RESULTS, Reference, images_of, save, zoo
 from halfbyte import engine
 from halfbyte.shown import plain
-
-PORTION = 8  # samples run at a time
+from low_bits import scored
+from other_engine import logits
 
 
 def measured(name: str, options: argparse.Namespace, file: Path) -> dict[str, Any]:
@@ -37,10 +37,7 @@ def measured(name: str, options: argparse.Namespace, file: Path) -> dict[str, An
     hb.export_onnx(found.model, file)
     reference = Reference(found.model.as_float(), name, images_of(name, options.limit))
     session = engine.session(file)
-    parts = [b for x, _ in reference.batches for b in x.split(PORTION)]
-    decided = torch.cat([torch.from_numpy(engine.infer(session, (b,))[0]).argmax(1) for b in parts])
-    before = torch.cat([hb.predict(found.model.as_float(), (b,))[0].argmax(1) for b in parts])
-    labels = torch.cat([y for _, y in reference.batches])
+    unseen = scored(reference, torch.cat([logits(session, x) for x, _ in reference.batches]))
     return {
         "network": name,
         "bits": str(bits),
@@ -48,9 +45,9 @@ def measured(name: str, options: argparse.Namespace, file: Path) -> dict[str, An
         "plain_seconds": single,
         "seconds": seconds,
         "unseen": {
-            "images": len(labels),
-            "changed": 100 * float((decided != before).double().mean()),
-            "lost": 100 * float(((before == labels).double() - (decided == labels).double()).mean()),
+            "images": len(reference.targets),
+            "changed": 100 * (1 - unseen["agreement"]),
+            "lost": -unseen["difference"]["points"],
         },
         **{k: getattr(found, k) for k in ("reached", "limit", "samples", "verdict", "left_out")},
         "chosen": plain(found.chosen),

@@ -145,7 +145,8 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Of the large",
         "networks W4A4 by descent and W4A8 per tensor of MobileNetV2 and EfficientNet-lite0, the uniform rows, and blocks of",
         "MobileNetV2 at W3A8 and of ResNet50 are the newest; all other rows are from before ranges of weights with zero-points were",
-        "searched at both ends, which moves rows per channel little.",
+        "searched at both ends, which moves rows per channel little. Rows of blocks are from before blocks that together",
+        "make the outputs worse were undone.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
@@ -373,7 +374,8 @@ def faults(found: list[dict[str, Any]]) -> list[str]:
         return [*out, "Not measured yet: `python benchmarks/faults.py`."]
     out += [
         "Each fault alone, into networks on which nothing in the diagnosis was set; EfficientNet-lite1 and 2 come from PyPI. What",
-        "`hb.diagnose` names first, without repairs tried.",
+        "`hb.diagnose` names first, without repairs tried. EfficientNet-lite1, and EfficientNet-lite2 but for its outliers, were",
+        "diagnosed before the rule on outliers last changed.",
         "",
         "| fault | " + " | ".join(f["network"] for f in found) + " |",
         "|---" * (1 + len(found)) + "|",
