@@ -371,7 +371,7 @@ def test_the_mean_error_goes_into_the_bias() -> None:
 def test_the_same_seed_gives_the_same_bits() -> None:
     make, shape = LAYERS["convolution"]
     torch.manual_seed(2)
-    p = problem(make(), correlated(64, (4, 16, 16), 5), NARROW)
+    p = problem(make(), correlated(256, (4, 16, 16), 5), NARROW)
     del shape
     state, w, x = torch.get_rng_state(), p.weight.clone(), p.inputs[0].clone()
     first, second, other = (Descent().solve(replace(p, seed=s)) for s in (3, 3, 4))

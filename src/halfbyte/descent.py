@@ -24,7 +24,7 @@ from halfbyte.local import Problem, Solution
 from halfbyte.second_moments import Accumulator, SecondMoments, gathered, portions
 
 _BLOCK = 64  # columns between two updates of all other columns
-_LEAST_ROWS = 8192
+_LEAST_ROWS = 32768  # neighbouring positions say much the same, so it takes several for each that counts
 # Second moments of few rows are uncertain, the more the more inputs there are; codes chosen by them are held to the diagonal.
 _LEAST_DAMPING, _SHRINKAGE = 0.01, 0.2
 _SETTLED = 1e-3  # a sweep that moves no larger share of the codes was the last
@@ -35,13 +35,14 @@ Rounding = Literal["free", "adjacent"]
 class Descent:
     """Descent over the integers, the default below eight bits.
 
-    rows: patches gathered for each input of a layer (8192 at least). damping: shares of G's mean diagonal, of which W* takes the
-    one that does best on held-out samples; besides them W* = W, which ignores the input error. rounding: ``free`` moves codes
-    anywhere on the grid, ``adjacent`` only to the two neighbours of W* / s. scales: factors on the scale of least squared error
-    to start from. sweeps: passes over the inputs between two fits of the scales; rounds: how often the scales are fitted.
+    rows: patches gathered for each input of a layer (32768 at least, or all that there are). damping: shares of G's mean
+    diagonal, of which W* takes the one that does best on held-out samples; besides them W* = W, which ignores the input error.
+    rounding: ``free`` moves codes anywhere on the grid, ``adjacent`` only to the two neighbours of W* / s. scales: factors on
+    the scale of least squared error to start from. sweeps: passes over the inputs between two fits of the scales; rounds: how
+    often the scales are fitted.
     """
 
-    rows: float = 6.0
+    rows: float = 24.0
     damping: tuple[float, ...] = (0.003, 0.03, 0.3, 3.0, 30.0)
     rounding: Rounding = "free"
     scales: tuple[float, ...] = (0.9, 1.0)
