@@ -100,7 +100,7 @@ def test_gradients_find_what_layers_alone_did_not(start: hb.QModel) -> None:
 
 
 def test_scales_of_running_values_move_and_limits_follow(start: hb.QModel) -> None:
-    m = hb.refine(start, samples(), replace(SHORT, iterations=20, scale_rate=0.02))
+    m = hb.refine(start, samples(), replace(SHORT, iterations=60, scale_rate=0.02))
     narrow = [n for n in start.grids if (f := start.plan.get(n)) is not None and f.bits == 4 and not f.signed]
     moved = [n for n in narrow if not torch.equal(m.grids[n].scale, start.grids[n].scale)]
     assert moved
