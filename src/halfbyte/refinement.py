@@ -91,8 +91,14 @@ class _LearnedRounding(torch.autograd.Function):
         inside = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.ends)
         step = None
         if ctx.needs_input_grad[1]:  # the codes, less x / scale where it lies inside
-            step = ((grads[0] * y).sum() - (inside * x).sum()) / ctx.scale
+            step = (_dot(grads[0], y) - _dot(inside, x)) / ctx.scale
         return inside, step, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products, without a tensor of them; images lie with their channels last."""
+    flat = [(t.movedim(1, -1) if t.ndim > 2 else t).reshape(-1) for t in (a, b)]
+    return torch.dot(*flat)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,9 @@ class Part(Rounding):
         self.weights = self._weights() if self.learn & {"scales", "codes"} else {}
         self.scales = self._scales() if "scales" in self.learn else {}  # by value: log of the factor
         self.biases: dict[str, tuple[Tensor, Tensor]] = {}  # by parameter: shift in units, unit
+        self.leaves: dict[
+            str, tuple[Tensor, Tensor]
+        ] = {}  # while training: a weight, and a leaf that takes its gradients
 
     def _weights(self) -> dict[str, _Weight]:
         found = {}
@@ -163,8 +172,13 @@ class Part(Rounding):
         """A parameter on its way."""
         name = str(node.target)
         if name in self.weights:
-            w = self.weights[name]
-            return _real(w.codes, w.grid, w.factor.exp() * w.grid.scale)
+            if name not in self.leaves:
+                w = self.weights[name]
+                real = _real(w.codes, w.grid, w.factor.exp() * w.grid.scale)
+                if not (self.training and real.requires_grad):
+                    return real
+                self.leaves[name] = real, real.detach().requires_grad_()
+            return self.leaves[name][1]
         if name in self.biases:
             shift, unit = self.biases[name]
             return self.m.parameters[name] + shift * unit
@@ -187,6 +201,16 @@ class Part(Rounding):
             keep = torch.rand(x.shape, generator=self.generator).to(x.device) < self.drop
             y = torch.where(keep, x, y)
         return y
+
+    def backward(self, loss: Loss, at: Tensor) -> None:
+        """Gradients of the mean loss over some samples, a portion at a time; weights are computed once for all portions."""
+        self.training, self.leaves = True, {}
+        with torch.enable_grad():
+            for some in torch.split(at, self.portion):
+                (loss(some) * (len(some) / len(at))).backward()  # type: ignore[no-untyped-call]
+            read = [(real, leaf.grad) for real, leaf in self.leaves.values() if leaf.grad is not None]
+            torch.autograd.backward([real for real, _ in read], [grad for _, grad in read])
+        self.training, self.leaves = False, {}
 
     def keep(self, nodes: Iterable[fx.Node]) -> None:
         """Let :meth:`run` return these values, too."""
@@ -334,11 +358,7 @@ def descend(
             group["lr"] = rate * share * 0.5 * (1 + math.cos(math.pi * step / steps))
         at = torch.randint(0, count, (min(batch, count),), generator=part.generator)
         optimizer.zero_grad()
-        with torch.enable_grad():
-            part.training = True
-            for some in torch.split(at, part.portion):
-                (loss(some) * (len(some) / len(at))).backward()  # type: ignore[no-untyped-call]
-            part.training = False
+        part.backward(loss, at)
         optimizer.step()
         step += 1
         going = tick(step, steps)
