@@ -94,9 +94,9 @@ def test_some_positions_are_as_good_as_all(kind: str) -> None:
 
 def test_rows_are_shared_out_by_what_each_batch_holds() -> None:
     layer, x, y, _, _ = example("2d")
-    parts = gathered(layer, [x, x[:1], x], [y, y[:1], y], 25, generator())
+    parts = list(gathered(layer, [x, x[:1], x], [y, y[:1], y], 25, generator()))
     assert [p.inputs.shape[1] for p in parts] == [10, 5, 10]
-    every = gathered(layer, [x, x], [y, y], ALL, generator())
+    every = list(gathered(layer, [x, x], [y, y], ALL, generator()))
     assert [p.inputs.shape[1] for p in every] == [rows_of(y, layer)] * 2
     assert parts[0].inputs.shape[2] == 27
 

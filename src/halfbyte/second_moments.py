@@ -152,18 +152,17 @@ def _symmetric_product(x: Tensor) -> Tensor:
 
 def gathered(
     layer: fx.Node, inputs: Iterable[Tensor], outputs: Sequence[Tensor], rows: int, generator: torch.Generator
-) -> list[Patches]:
-    """Patches of every batch, about ``rows`` in all, shared out by how many each batch holds."""
+) -> Iterator[Patches]:
+    """Patches of one batch after another, about ``rows`` in all, shared out by how many each batch holds."""
     held = [rows_of(y, layer) for y in outputs]
     share = min(1.0, rows / max(1, sum(held)))
-    return [
-        sampled_patches(layer, x, y, math.ceil(share * n), generator)
-        for x, y, n in zip(inputs, outputs, held, strict=True)
-    ]
+    for x, y, n in zip(inputs, outputs, held, strict=True):
+        yield sampled_patches(layer, x, y, math.ceil(share * n), generator)
 
 
-def joined(parts: Sequence[Patches]) -> Patches:
+def joined(several: Iterable[Patches]) -> Patches:
     """The rows of several."""
+    parts = list(several)
     return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
 
 
