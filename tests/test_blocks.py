@@ -11,8 +11,9 @@ import halfbyte as hb
 from halfbyte import engine
 from halfbyte.affine import fake_quantize
 from halfbyte.blocks import blocks_of
-from halfbyte.graph import layers, weight_of
+from halfbyte.graph import layers, output_values, weight_of
 from halfbyte.model import value_name
+from halfbyte.refinement import LEARNED, Part, Rates
 from halfbyte.targets import find
 
 SHORT = hb.Blocks(iterations=6, batch=8, layers=2)
@@ -145,3 +146,31 @@ def test_wrong_use_is_one_sentence(start: hb.QModel) -> None:
 def test_a_refined_file_is_proven(start: hb.QModel, tmp_path: Path) -> None:
     parity = hb.export_onnx(hb.refine(start, samples(), SHORT), tmp_path / "model.onnx")
     assert parity.proven and parity.integer_mismatches == 0
+
+
+def test_gradients_of_portions_are_those_of_the_batch(start: hb.QModel) -> None:
+    nodes = [n for n in start.graph.nodes if n.op != "output"]
+    (x,) = samples(16)[0]
+    (output,) = output_values(start.graph)
+
+    def gradients(portion: int | None) -> list[Tensor]:
+        part = Part(start, nodes, LEARNED, seed=0)
+
+        def loss(at: Tensor) -> Tensor:
+            return part.run({start.inputs[0]: x[at]})[output].square().mean()
+
+        part.free_biases({start.inputs[0]: x})
+        variables = [t for group in part.variables(Rates(1, 1, 1)) for t in group["params"]]
+        if portion is None:
+            loss(torch.arange(len(x))).backward()
+        else:
+            part.portion = portion
+            part.backward(loss, torch.arange(len(x)))
+        assert not part.leaves and not part.training
+        return [t.grad for t in variables if t.grad is not None]
+
+    wanted = gradients(None)
+    assert len(wanted) > 10 and any(bool(t.any()) for t in wanted)
+    for portion in (3, 16):
+        for found, t in zip(gradients(portion), wanted, strict=True):
+            torch.testing.assert_close(found, t, rtol=1e-3, atol=1e-5 * float(t.abs().max()) + 1e-7)
