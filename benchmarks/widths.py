@@ -1,6 +1,6 @@
 """Widths chosen layer by layer: the programme's front against uniform widths and a greedy choice, and the recipes that use it.
 
-    HALFBYTE_DATA=/path/to/data python benchmarks/widths.py [network ...] [--parts front files recipes]
+    HALFBYTE_DATA=/path/to/data python benchmarks/widths.py [network ...] [--parts front files recipes] [--budgets size=13% ...]
 
 ``front``: candidates by Descent for each width of the weights, their costs in time, and the loss of whole networks on test images
 (noise-to-signal at the outputs) along the front; Spearman's rank correlation of predicted and measured loss over its points.
@@ -110,7 +110,7 @@ class Network:
     def files(self) -> list[dict[str, Any]]:
         """Exported networks under budgets."""
         rows = []
-        for budget in BUDGETS:
+        for budget in self.options.budgets:
             row: dict[str, Any] = {"budget": budget, "widths": "2, 3, 4, 8"}
             try:
                 stages = Stages()
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="*", choices=("front", "files", "recipes"), default=["front", "files", "recipes"]
     )
+    parser.add_argument("--budgets", nargs="*", default=list(BUDGETS), help="of the files")
     parser.add_argument("--samples", type=int, default=256, help="calibration images")
     parser.add_argument("--limit", type=int, help="labelled images to use")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
