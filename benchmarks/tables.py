@@ -142,11 +142,11 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "pass takes longer). *Gain*: mean over the layers (or blocks) of log10 of the noise on held-out samples after the method",
         "over that before it, kept or not (less is better); *kept*: where the method did better than what was there and was taken.",
         "Memory is the peak of the process, which also holds the labelled images. Measured with one thread while other work ran on",
-        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Of the large",
-        "networks W4A4 by descent and W4A8 per tensor of MobileNetV2 and EfficientNet-lite0, the uniform rows, and blocks of",
-        "MobileNetV2 at W3A8 and of ResNet50 are the newest; all other rows are from before ranges of weights with zero-points were",
-        "searched at both ends, which moves rows per channel little. Rows of blocks are from before blocks that together",
-        "make the outputs worse were undone.",
+        "the machine, so seconds and passes are upper bounds. Minutes behind a method are those given to it. Rows marked * ran on a",
+        "CPU with VNNI, where the 8-bit weights of the first and the last layer use all their codes, and after Descent began to read",
+        "four times as many positions of each sample; the others are older, from a CPU where pairs of 8-bit products saturate. Of",
+        "those, rows of blocks let the codes move when the whole network is tuned, and are from before blocks that together make the",
+        "outputs worse were undone.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip
@@ -171,7 +171,8 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
 def _low_bit_row(row: dict[str, Any]) -> str:
     limits = [f"{row['iterations']} iterations"] if row["iterations"] and not row["time_limit"] else []
     limits += [f"{row['time_limit'] / 60:.0f} min"] if row["time_limit"] else []
-    start = f"| {row['row']} | {row['method']}{' (' + ', '.join(limits) + ')' if limits else ''} "
+    newest = " *" if str(row.get("target")).endswith("vnni") else ""
+    start = f"| {row['row']}{newest} | {row['method']}{' (' + ', '.join(limits) + ')' if limits else ''} "
     if "impossible" in row:
         return start + f"| not possible: {row['impossible']} " + "| " * 8 + "|"
     d, parts = row["difference"], row["losses"].values()
