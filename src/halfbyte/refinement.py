@@ -141,9 +141,7 @@ class Part(Rounding):
         self.weights = self._weights() if self.learn & {"scales", "codes"} else {}
         self.scales = self._scales() if "scales" in self.learn else {}  # by value: log of the factor
         self.biases: dict[str, tuple[Tensor, Tensor]] = {}  # by parameter: shift in units, unit
-        self.leaves: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # while training: a weight, and a leaf that takes its gradients
+        self.leaves: dict[str, tuple[Tensor, Tensor]] = {}  # in training: a weight, and what takes its gradients
 
     def _weights(self) -> dict[str, _Weight]:
         found = {}
@@ -175,9 +173,9 @@ class Part(Rounding):
             if name not in self.leaves:
                 w = self.weights[name]
                 real = _real(w.codes, w.grid, w.factor.exp() * w.grid.scale)
-                if not (self.training and real.requires_grad):
+                if not self.training:
                     return real
-                self.leaves[name] = real, real.detach().requires_grad_()
+                self.leaves[name] = real, real.detach().requires_grad_(real.requires_grad)
             return self.leaves[name][1]
         if name in self.biases:
             shift, unit = self.biases[name]
