@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte.affine import Grid, expand, fake_quantize, quantize
-from halfbyte.descent import Descent, corrected, damped
+from halfbyte.descent import Descent, _Judge, _Observed, corrected, damped, gained
 from halfbyte.formats import Format
 from halfbyte.graph import bias_of, layers, weight_of
 from halfbyte.grids import MSE
@@ -295,6 +295,92 @@ def test_the_solution_makes_up_for_errors_of_the_input() -> None:
     p = problem(net, x, form, distorted)
     ignoring, found = Descent(damping=(1e6,)).solve(p), Descent().solve(p)
     assert p.loss(found.weight, found.bias) < 0.3 * p.loss(ignoring.weight, ignoring.bias)
+
+
+def test_gains_are_known_from_few_samples() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(60, 200), torch.randn(1, 40, 200)
+    gains = 0.8 + 0.1 * torch.rand(200)
+    unseen = torch.randn(500, 200)
+
+    def error(weight: Tensor) -> float:
+        return float(((unseen * gains) @ weight[0].T - unseen @ w[0].T).square().mean())
+
+    few = moments(x * gains, x @ w[0].T)
+    found = gained(few, w, 1)
+    assert error(found) < 0.1 * error(w)
+    assert error(found) < 0.2 * min(error(corrected(few, w, d)) for d in Descent().damping)
+    assert torch.allclose(gained(moments(x, x @ w[0].T), w, 1), w, atol=1e-4)
+
+
+def test_taps_of_an_input_have_one_gain() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 12), torch.randn(1, 5, 12)
+    found = gained(moments(x * torch.tensor([0.5, 1.0, 1.0, 0.8]).repeat_interleave(3), x @ w[0].T), w, 3)
+    ratio = (found / w).reshape(5, 4, 3)
+    assert torch.allclose(ratio, ratio[:1, :, :1].expand_as(ratio), atol=1e-4)
+    assert torch.allclose(ratio[0, :, 0], torch.tensor([2.0, 1.0, 1.0, 1.25]), atol=0.3)
+    dead = gained(moments(x * torch.tensor([0.0] * 3 + [1.0] * 9), x @ w[0].T), w, 3)
+    assert torch.isfinite(dead).all()
+
+
+def weakened(samples: int, strength: float) -> Problem:
+    """A convolution of many inputs and few samples, which reads less than it should."""
+    torch.manual_seed(0)
+    x = correlated(samples, (64, 3, 3), 2)
+    held = correlated(40, (64, 3, 3), 2)
+    net = nn.Conv2d(64, 32, 3, padding=1)
+    noise = 0.02 * torch.randn(x.shape)
+    p = problem(net, x, replace(NARROW, bits=8), x * strength + noise, held)
+    seen = sampled_patches(
+        p.layer, held * strength, hb.run(hb.capture(net.eval(), x[:1]), (held,))[0], 4096, p.generator()
+    )
+    return replace(p, held_out=seen)
+
+
+def test_few_samples_show_that_a_layer_reads_too_little() -> None:
+    p = weakened(12, 0.8)
+    found = Descent().solve(p)
+    assert "W D" in found.note
+    assert p.loss(found.weight, found.bias) < 0.2 * p.loss(p.weight, p.bias)
+    assert "W D" not in Descent().solve(weakened(12, 1.0)).note
+
+
+def test_errors_that_all_positions_share_count_more() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 6, 8, 4, generator=g)
+    offset = torch.ones(1, 6, 1, 1) * torch.randn(1, 6, 1, 1, generator=g)
+    inputs = torch.cat([offset.expand(1, 6, 8, 1), x[..., 1:] - x[..., 1:].mean(2, keepdim=True)], 3)
+    w = torch.ones(1, 2, 4)
+    parts = [(6, Patches(inputs.flatten(1, 2), (inputs @ w.transpose(1, 2)[:, None]).flatten(1, 2)))]
+    judge = _Judge(parts)
+    assert judge(w, None) == pytest.approx(0, abs=1e-9)
+    power = inputs.square().mean((0, 1, 2))
+    shared, apart = w.clone(), w.clone()
+    shared[..., 0] += 0.1 / float(power[0].sqrt())  # errors of one size at every position
+    apart[..., 1] += 0.1 / float(power[1].sqrt())
+    assert judge(shared, None) > 4 * judge(apart, None)
+    assert judge(w, torch.full((1, 2), 0.1)) == pytest.approx(judge(shared, None), rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 40])
+def test_the_samples_that_choose_are_fitted_as_well(batch: int) -> None:
+    whole = dense(10, 3)
+    p = replace(whole, inputs=whole.inputs[0][:40].split(batch), targets=whole.targets[0][:40].split(batch))
+    observed = _Observed(p, 1 << 20)
+    assert observed.moments().rows == 30
+    assert sum(n for n, _ in observed.choose()) == 10
+    every = moments_of(replace(p, inputs=[torch.cat(list(p.inputs))], targets=[torch.cat(list(p.targets))]))
+    assert observed.moments().rows == every.rows == 40
+    assert torch.allclose(observed.moments().gram, every.gram, atol=1e-5)
+
+
+def test_of_three_samples_none_is_spared_to_choose() -> None:
+    whole = dense(10, 3)
+    p = replace(whole, inputs=[whole.inputs[0][:3]], targets=[whole.targets[0][:3]])
+    ((_, chooses),) = _Observed(p, 1 << 20).choose()
+    assert chooses is p.held_out
+    assert torch.isfinite(Descent().solve(p).weight).all()
 
 
 def unlike(how: str) -> Problem:

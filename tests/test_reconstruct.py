@@ -176,7 +176,7 @@ def test_figures_say_how_far_weights_have_moved() -> None:
         figures = entry.figures
         assert figures["method"] == "descent"
         assert figures["after"] <= figures["before"]
-        assert entry.message.startswith("descent (damping ")
+        assert entry.message.startswith(("descent (damping ", "descent (W* = W"))
         assert "noise-to-signal on held-out samples" in entry.message
         size = m.params[weight(m, str(entry.value))].numel()
         assert sum(figures["moved"].values()) == size

@@ -85,11 +85,21 @@ def test_patches_are_what_the_layer_computes_with(kind: str) -> None:
 def test_some_positions_are_as_good_as_all(kind: str) -> None:
     layer, x, y, weight, bias = example(kind)
     p = sampled_patches(layer, x, y, 5, generator())
-    assert p.inputs.shape[1] == p.outputs.shape[1] == (5 if layer.target is LINEAR else 6)  # of both samples alike
+    positions = min(rows_of(y, layer) // len(y), -(-5 // len(y)))  # of all samples alike
+    assert p.inputs.shape[1] == p.outputs.shape[1] == len(y) * positions
     assert torch.allclose(computed(layer, p, weight, bias), p.outputs, atol=1e-5)
     assert len(p.inputs[0].unique(dim=0)) > 1
     again = sampled_patches(layer, x, y, 5, generator())
     assert torch.equal(p.inputs, again.inputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_stand_sample_after_sample(kind: str) -> None:
+    layer, x, y, _, _ = example(kind)
+    some = sampled_patches(layer, x, y, 5, generator())
+    alone = [sampled_patches(layer, x[i : i + 1], y[i : i + 1], -(-5 // len(y)), generator()) for i in range(len(y))]
+    assert torch.equal(some.inputs, torch.cat([p.inputs for p in alone], 1))
+    assert torch.equal(some.outputs, torch.cat([p.outputs for p in alone], 1))
 
 
 def test_rows_are_shared_out_by_what_each_batch_holds() -> None:

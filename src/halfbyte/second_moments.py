@@ -46,17 +46,15 @@ def rows_of(batch: Tensor, layer: fx.Node) -> int:
 
 
 def sampled_patches(layer: fx.Node, x: Tensor, y: Tensor, rows: int, generator: torch.Generator) -> Patches:
-    """About ``rows`` rows (all, if there are no more), at positions that all samples of the batch share."""
+    """About ``rows`` rows (all, if there are no more), at positions that all samples of the batch share; sample after sample."""
     g = groups(layer)
-    if layer.target is LINEAR:
-        flat_x, flat_y = x.flatten(0, -2), y.flatten(0, -2)
-        if rows < len(flat_x):
-            at = torch.randperm(len(flat_x), generator=generator)[:rows].to(x.device)
-            flat_x, flat_y = flat_x[at], flat_y[at]
-        return Patches(flat_x[None], flat_y[None])
-    n, everywhere = len(x), math.prod(y.shape[2:])
+    tokens = layer.target is LINEAR
+    n, everywhere = len(x), math.prod(y.shape[1:-1] if tokens else y.shape[2:])
     count = min(everywhere, math.ceil(rows / n))
     at = torch.arange(everywhere) if count == everywhere else torch.randperm(everywhere, generator=generator)[:count]
+    if tokens:
+        flat = [t.reshape(n, everywhere, -1).index_select(1, at.to(t.device)) for t in (x, y)]
+        return Patches(flat[0].flatten(0, 1)[None], flat[1].flatten(0, 1)[None])
     index, inside = _taps(layer, at, y.shape[2:], x.shape[2:])
     read = _positions(x, index.flatten())  # [samples, taps and positions, channels], as images lie in memory
     if not bool(inside.all()):
@@ -106,9 +104,18 @@ class Accumulator:
         self.rows = 0
         self.sums: tuple[Tensor, ...] = ()
         self.guess: tuple[Tensor, Tensor] | None = None
+        self.waiting: list[Patches] = []
 
     def add(self, p: Patches) -> None:
-        """More rows."""
+        """More rows. They wait until there are many: a product with few costs little more than the matrix that it is added to."""
+        self.waiting.append(p)
+        if sum(p.inputs.shape[1] for p in self.waiting) >= _PORTION:
+            self._summed()
+
+    def _summed(self) -> None:
+        if not self.waiting:
+            return
+        p, self.waiting = joined(self.waiting), []
         if self.guess is None:
             self.guess = p.inputs.mean(1, keepdim=True), p.outputs.mean(1, keepdim=True)
         x, y = p.inputs - self.guess[0], p.outputs - self.guess[1]
@@ -118,6 +125,7 @@ class Accumulator:
 
     def moments(self, *, centred: bool) -> SecondMoments:
         """Means over all rows. centred: about the means, which is right where a bias takes them up; else about zero."""
+        self._summed()
         assert self.guess is not None
         x, y, gram, cross, square = (t / self.rows for t in self.sums)
         x_mean, y_mean = x + self.guess[0][:, 0], y + self.guess[1][:, 0]
@@ -132,6 +140,7 @@ class Accumulator:
         return SecondMoments(self.rows, zero_x, zero_y, gram, cross, square + y_mean.square())
 
 
+_PORTION = 4096  # rows
 _STRIPS = 4  # the part above the diagonal, in so many strips
 
 
@@ -164,15 +173,3 @@ def joined(several: Iterable[Patches]) -> Patches:
     """The rows of several."""
     parts = list(several)
     return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
-
-
-def portions(parts: Iterable[Patches], rows: int = 4096) -> Iterator[Patches]:
-    """The same rows, so many at a time: a product with few rows costs little more than the matrix that it is added to."""
-    waiting: list[Patches] = []
-    for part in parts:
-        waiting.append(part)
-        if sum(p.inputs.shape[1] for p in waiting) >= rows:
-            yield joined(waiting)
-            waiting = []
-    if waiting:
-        yield joined(waiting)
