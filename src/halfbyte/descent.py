@@ -141,10 +141,13 @@ class _Judge:
 
     def __init__(self, parts: Sequence[tuple[int, Patches]]) -> None:
         step = -(-sum(patches.inputs.shape[1] for _, patches in parts) // _JUDGED)
-        self.parts = [
-            tuple(t.reshape(len(t), n, -1, t.shape[2])[:, :, ::step].contiguous() for t in (part.inputs, part.outputs))
-            for n, part in parts
-        ]
+        alike: dict[
+            int, list[tuple[Tensor, ...]]
+        ] = {}  # by positions of each sample, which small batches may have more of
+        for n, part in parts:
+            each = tuple(t.reshape(len(t), n, -1, t.shape[2])[:, :, ::step] for t in (part.inputs, part.outputs))
+            alike.setdefault(each[0].shape[2], []).append(each)
+        self.parts = [tuple(torch.cat(ts, 1) for ts in zip(*some, strict=True)) for some in alike.values()]
         outputs = [y for _, y in self.parts]
         self.levels = [_variance(ys) for ys in ([y.flatten(1, 2) for y in outputs], [y.mean(2) for y in outputs])]
 
@@ -152,9 +155,10 @@ class _Judge:
         """The loss of a weight [groups, outputs, K] and bias [groups, outputs]."""
         sums = [0.0, 0.0]
         for x, y in self.parts:
-            error = torch.einsum("gnpk,gok->gnpo", x, w) - y
-            error = error if bias is None else error + bias[:, None, None]
-            sums = [s + float(e.square().double().sum()) for s, e in zip(sums, (error, error.mean(2)), strict=True)]
+            error = (x.flatten(1, 2) @ w.transpose(1, 2)).sub_(y.flatten(1, 2))
+            error = error if bias is None else error.add_(bias[:, None])
+            for i, e in enumerate((error, error.reshape(y.shape).mean(2))):
+                sums[i] += float(e.square().sum(1).double().sum())
         over, shared = (s / v if v > 0 else 0.0 for s, v in zip(sums, self.levels, strict=True))
         return (1 - _SHARED) * over + _SHARED * shared
 
