@@ -32,7 +32,7 @@ _LEAST_ROWS = 32768  # neighbouring positions say much the same, so it takes sev
 # Second moments of few rows are uncertain, the more the more inputs there are; codes chosen by them are held to the diagonal.
 _LEAST_DAMPING, _SHRINKAGE = 0.01, 0.2
 _CHOOSING = 4  # one sample of so many chooses among corrections, before it is fitted itself
-_JUDGED = 4096  # rows of these
+_JUDGED = 4096  # rows of these, about
 _SHARED = 0.8  # the weight of errors that all positions of a sample share
 _UNSURE = 0.3  # draws gains of the inputs to 1: a share of what the samples say of each alone
 _GAINS = (0.0, 2.0)  # whatever the samples say
@@ -92,8 +92,10 @@ class Descent:
         moments, judge = observed.moments(), _Judge(observed.choose())
         taps = blocks(p.layer, p.weight).shape[3]
         chosen, least = _Correction(taps), float("inf")
+        to = torch.cat([w, gained(moments, w, taps)], 1)
         for damping in (None, *self.damping):
-            for gains, found in _Correction(taps, damping).both(moments, w):
+            both = to if damping is None else corrected(moments, to, damping)
+            for gains, found in zip((False, True), both.chunk(2, 1), strict=True):
                 loss = judge(found, _mean_bias(p, moments, found))
                 if loss < least:
                     chosen, least = _Correction(taps, damping, gains), loss
@@ -141,9 +143,7 @@ class _Judge:
 
     def __init__(self, parts: Sequence[tuple[int, Patches]]) -> None:
         step = -(-sum(patches.inputs.shape[1] for _, patches in parts) // _JUDGED)
-        alike: dict[
-            int, list[tuple[Tensor, ...]]
-        ] = {}  # by positions of each sample, which small batches may have more of
+        alike: dict[int, list[tuple[Tensor, ...]]] = {}  # by positions of a sample, of which small batches have more
         for n, part in parts:
             each = tuple(t.reshape(len(t), n, -1, t.shape[2])[:, :, ::step] for t in (part.inputs, part.outputs))
             alike.setdefault(each[0].shape[2], []).append(each)
@@ -180,12 +180,6 @@ class _Correction:
     def __str__(self) -> str:
         to = "W D" if self.gains else "W"
         return f"W* = {to}" if self.damping is None else f"damping {self.damping:g} to {to}"
-
-    def both(self, moments: SecondMoments, w: Tensor) -> list[tuple[bool, Tensor]]:
-        """W* [groups, outputs, K] without and with gains, which share the work."""
-        to = torch.cat([w, gained(moments, w, self.taps)], 1)
-        found = to if self.damping is None else corrected(moments, to, self.damping)
-        return list(zip((False, True), found.chunk(2, 1), strict=True))
 
     def of(self, moments: SecondMoments, w: Tensor) -> Tensor:
         """W*, [groups, outputs, K]."""
