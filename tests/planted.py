@@ -175,7 +175,7 @@ def narrow(s: Subject) -> Planted:
 
 def truncated(s: Subject) -> Planted:
     """A converter that cuts depthwise weights down instead of rounding them."""
-    m = s.quantized(weight_bits=5, uniform=True, recipe="default")
+    m = s.quantized(weight_bits=4, uniform=True, recipe="default")
     tuned = dict(m.tuned)
     for name, grid in m.grids.items():
         if name in m.params and m.params[name].ndim == 4 and m.params[name].shape[1] == 1:

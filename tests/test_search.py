@@ -42,7 +42,9 @@ def test_plain_eight_bits_is_enough(model: QModel) -> None:
 
 
 def test_escalates_to_what_holds(model: QModel) -> None:
-    found = search(model, data(640), max_drop=1, weight_bits=2, activation_bits=4, target=ONNXRUNTIME_AVX2, samples=128)
+    found = search(
+        model, data(640), max_drop=1.5, weight_bits=2, activation_bits=4, target=ONNXRUNTIME_AVX2, samples=128
+    )
     names = [a.name for a in found.attempts]
     assert names[:3] == ["plain 2 bits", "2 bits, equalized and corrected", "2 bits, weights by descent"]
     assert names[-1].endswith("layers at 8 bits"), "wider layers are the last resort"
