@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte.affine import Grid, expand, fake_quantize, quantize
-from halfbyte.descent import Descent, _Judge, _Observed, corrected, damped, gained
+from halfbyte.corrections import Choosing, Judge, choose, corrected, damped, gained, observed
+from halfbyte.descent import Descent
 from halfbyte.formats import Format
 from halfbyte.graph import bias_of, layers, weight_of
 from halfbyte.grids import MSE
@@ -352,9 +353,10 @@ def test_errors_that_all_positions_share_count_more() -> None:
     offset = torch.ones(1, 6, 1, 1) * torch.randn(1, 6, 1, 1, generator=g)
     inputs = torch.cat([offset.expand(1, 6, 8, 1), x[..., 1:] - x[..., 1:].mean(2, keepdim=True)], 3)
     w = torch.ones(1, 2, 4)
-    parts = [(6, Patches(inputs.flatten(1, 2), (inputs @ w.transpose(1, 2)[:, None]).flatten(1, 2)))]
-    judge = _Judge(parts)
-    assert judge(w, None) == pytest.approx(0, abs=1e-9)
+    choosing = Choosing()
+    choosing.add(6, Patches(inputs.flatten(1, 2), (inputs @ w.transpose(1, 2)[:, None]).flatten(1, 2)))
+    judge = Judge(choosing, dense(10, 3))
+    assert judge(w, None) == pytest.approx(0, abs=1e-6)
     power = inputs.square().mean((0, 1, 2))
     shared, apart = w.clone(), w.clone()
     shared[..., 0] += 0.1 / float(power[0].sqrt())  # errors of one size at every position
@@ -367,20 +369,43 @@ def test_errors_that_all_positions_share_count_more() -> None:
 def test_the_samples_that_choose_are_fitted_as_well(batch: int) -> None:
     whole = dense(10, 3)
     p = replace(whole, inputs=whole.inputs[0][:40].split(batch), targets=whole.targets[0][:40].split(batch))
-    observed = _Observed(p, 1 << 20)
-    assert observed.moments().rows == 30
-    assert sum(n for n, _ in observed.choose()) == 10
+    fitted, choosing = observed(p, 1 << 20)
+    assert fitted.moments(centred=True).rows == 30
+    assert choosing.sums.moments(centred=True).rows == sum(x.shape[1] for x, _ in choosing.means) == 10
     every = moments_of(replace(p, inputs=[torch.cat(list(p.inputs))], targets=[torch.cat(list(p.targets))]))
-    assert observed.moments().rows == every.rows == 40
-    assert torch.allclose(observed.moments().gram, every.gram, atol=1e-5)
+    _, moments = choose(p, 1 << 20, (0.1,))
+    assert moments.rows == every.rows == 40
+    assert torch.allclose(moments.gram, every.gram, atol=1e-5)
 
 
 def test_of_three_samples_none_is_spared_to_choose() -> None:
     whole = dense(10, 3)
     p = replace(whole, inputs=[whole.inputs[0][:3]], targets=[whole.targets[0][:3]])
-    ((_, chooses),) = _Observed(p, 1 << 20).choose()
-    assert chooses is p.held_out
+    fitted, choosing = observed(p, 1 << 20)
+    assert not choosing.means
+    judge = Judge(choosing, p)
+    w, bias = 0.9 * p.weight[None], torch.zeros(1, 4)
+    assert judge(w, bias) * 5 == pytest.approx(p.loss(w[0], bias[0]) / float(judge.moments.y_var.sum()), rel=1e-4)
+    assert choose(p, 1 << 20, (0.1,))[1].rows == fitted.moments(centred=True).rows == 3
     assert torch.isfinite(Descent().solve(p).weight).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_judge_computes_from_moments_what_the_patches_say(bias: bool) -> None:
+    p, g = dense(10, 3, bias), torch.Generator().manual_seed(0)
+    w, b = p.weight[None] + 0.1 * torch.randn(1, 4, 10, generator=g), torch.randn(1, 4, generator=g)
+    choosing = Choosing()
+    for _ in range(3):
+        x = torch.randn(1, 5 * 6, 10, generator=g) + 2
+        choosing.add(5, Patches(x, x @ p.weight.T + 1))
+    x, y = (torch.cat(t, 1) for t in zip(*((q.inputs, q.outputs) for q in choosing.sums.waiting), strict=True))
+    judge, total = Judge(choosing, p), 0.0
+    for weight, error, level in (
+        (0.2, x @ w.transpose(1, 2) + (b[:, None] if bias else 0) - y, y),
+        (0.8, *(t.reshape(1, 15, 6, 4).mean(2) for t in (x @ w.transpose(1, 2) + (b[:, None] if bias else 0) - y, y))),
+    ):
+        total += weight * float(error.square().sum() / (level - level.mean(1, keepdim=True)).square().sum())
+    assert judge(w, b if bias else None) == pytest.approx(total, rel=1e-4)
 
 
 def unlike(how: str) -> Problem:

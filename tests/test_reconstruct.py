@@ -528,15 +528,22 @@ def test_small_batches_do_as_well() -> None:
     assert error(found, fresh) < error(m, fresh)
 
 
+def flat(p: Problem) -> Tensor:
+    """The weight, [groups, outputs, K]."""
+    return blocks(p.layer, p.weight).flatten(2)
+
+
 def test_losses_are_those_of_the_layer() -> None:
     own = Own()
     hb.reconstruct(calibrated("decoder"), batches(1), as_solver(own))
     for p in own.seen:
         wanted = p.apply(p.inputs[0], p.weight, p.bias)
         assert wanted.shape == p.targets[0].shape
-        parts = blocks(p.layer, p.weight).flatten(2)
-        bias = None if p.bias is None else p.bias.reshape(parts.shape[:2])
-        assert p.loss(p.weight, p.bias) == p.held_out_loss(parts, bias) >= 0
+        assert p.loss(p.weight, p.bias) >= 0
+        off = torch.ones_like(p.held_out.outputs[:, 0]).flatten()
+        exact = replace(p, held_out=replace(p.held_out, outputs=p.held_out.inputs @ flat(p).transpose(1, 2)))
+        assert exact.loss(p.weight, None) == pytest.approx(0, abs=1e-6)
+        assert exact.loss(p.weight, off) == pytest.approx(len(off), rel=1e-4)
 
 
 def test_a_long_method_says_so_after_its_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:

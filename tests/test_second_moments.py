@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import halfbyte as hb
 from halfbyte.graph import bias_of, blocks, groups, layers, weight_of
 from halfbyte.ops import LINEAR
-from halfbyte.second_moments import Accumulator, Patches, gathered, rows_of, sampled_patches
+from halfbyte.second_moments import Accumulator, Patches, gathered, pooled, rows_of, sampled_patches
 
 ALL = 1 << 30
 # What makes the layer, and the shape of two samples.
@@ -147,6 +147,19 @@ def test_moments_of_all_batches(centred: bool, mean: float, tolerance: float, in
         size = max(1.0, float(exact.abs().max()))
         assert float((getattr(found, name) - exact).abs().max()) < tolerance * size, name
     assert torch.equal(found.gram, found.gram.transpose(1, 2)) or inputs == 5
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_moments_of_two_parts_are_pooled(centred: bool) -> None:
+    every = patches((40, 700, 300), 5, 3.0)
+    parts, whole = (Accumulator(), Accumulator()), Accumulator()
+    for i, p in enumerate(every):
+        parts[i % 2].add(p)
+        whole.add(p)
+    found, wanted = pooled(*(s.moments(centred=centred) for s in parts)), whole.moments(centred=centred)
+    assert found.rows == wanted.rows == 1040
+    for name in ("x_mean", "y_mean", "gram", "cross", "y_var"):
+        assert torch.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4), name
 
 
 def test_one_row_has_no_spread() -> None:

@@ -2,19 +2,14 @@
 
 For patches x_hat that the quantized network gives a layer and outputs y that the float network expects of it,
 
-    E || y - W_hat x_hat - b ||^2 = tr[(W_hat - W*) G (W_hat - W*)^T] + const,   W* = (E[y x_hat^T] + d W)(G + d I)^-1,
+    E || y - W_hat x_hat - b ||^2 = tr[(W_hat - W*) G (W_hat - W*)^T] + const,
 
-with G the covariance of x_hat and b the difference of the means. W* makes up for the errors of the layers before as far as x_hat
-tells them; the damping d says how far the samples are trusted. Where they say little, W* is drawn to W D instead of W: the layers
-before, each fitted with noisy inputs, put out a little less of their signals than they should, and gains D of the inputs, one for
-each, are known from few samples. Some of the samples choose, and then all of them are fitted. What counts there is above all what
-an error comes to over all positions of a sample: the layers behind add it up, while errors that differ from position to position
-average out. Rounding W* is the quadratic problem of AdaRound (arXiv 2004.10568, equation 13). A greedy pass rounds one input
-after another and lets the rest make up for it (arXiv 2208.07339, arXiv 2210.17323); cyclic descent over the integers then
-improves every code in turn, all outputs at once, until none moves; and the scales follow in closed form.
+with G the covariance of x_hat, b the difference of the means and W* as in :mod:`halfbyte.corrections`. Rounding W* is the quadratic
+problem of AdaRound (arXiv 2004.10568, equation 13). A greedy pass rounds one input after another and lets the rest make up for it
+(arXiv 2208.07339, arXiv 2210.17323); cyclic descent over the integers then improves every code in turn, all outputs at once, until
+none moves; and the scales follow in closed form.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,20 +17,15 @@ import torch
 from torch import Tensor
 
 from halfbyte.affine import Grid, fake_quantize, power_of_two
+from halfbyte.corrections import choose, damped, mean_bias
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
-from halfbyte.second_moments import Accumulator, Patches, SecondMoments, gathered
 
 _BLOCK = 64  # columns between two updates of all other columns
 _LEAST_ROWS = 32768  # neighbouring positions say much the same, so it takes several for each that counts
 # Second moments of few rows are uncertain, the more the more inputs there are; codes chosen by them are held to the diagonal.
 _LEAST_DAMPING, _SHRINKAGE = 0.01, 0.2
-_CHOOSING = 4  # one sample of so many chooses among corrections, before it is fitted itself
-_JUDGED = 4096  # rows of these, about
-_SHARED = 0.8  # the weight of errors that all positions of a sample share
-_UNSURE = 0.3  # draws gains of the inputs to 1: a share of what the samples say of each alone
-_GAINS = (0.0, 2.0)  # whatever the samples say
 _SETTLED = 1e-3  # a sweep that moves no larger share of the codes was the last
 Rounding = Literal["free", "adjacent"]
 
@@ -67,9 +57,7 @@ class Descent:
         """The layer's weight and bias, on a grid."""
         layer, w = p.layer, p.weight
         parts = blocks(layer, w).flatten(2)  # [groups, outputs, inputs and taps]
-        observed = _Observed(p, max(_LEAST_ROWS, int(self.rows * parts.shape[2])))
-        correction = self._chosen(p, observed, parts)
-        moments = observed.moments()
+        correction, moments = choose(p, max(_LEAST_ROWS, int(self.rows * parts.shape[2])), self.damping)
         best = correction.of(moments, parts)
         gram = damped(moments.gram, max(_LEAST_DAMPING, _SHRINKAGE * parts.shape[2] / moments.rows))
         target = unblocks(layer, best.reshape(blocks(layer, w).shape), w.shape)
@@ -84,22 +72,8 @@ class Descent:
             rounded, grid = fake_quantize(target, start), start
         else:
             rounded, grid = self._rounded(p, target, best, gram, start)
-        bias = _mean_bias(p, moments, blocks(layer, rounded).flatten(2))
+        bias = mean_bias(p, moments, blocks(layer, rounded).flatten(2))
         return Solution(rounded, grid, None if bias is None else bias.flatten().to(p.bias), str(correction))
-
-    def _chosen(self, p: Problem, observed: "_Observed", w: Tensor) -> "_Correction":
-        """The correction that does best, not rounded, on the samples that choose."""
-        moments, judge = observed.moments(), _Judge(observed.choose())
-        taps = blocks(p.layer, p.weight).shape[3]
-        chosen, least = _Correction(taps), float("inf")
-        to = torch.cat([w, gained(moments, w, taps)], 1)
-        for damping in (None, *self.damping):
-            both = to if damping is None else corrected(moments, to, damping)
-            for gains, found in zip((False, True), both.chunk(2, 1), strict=True):
-                loss = judge(found, _mean_bias(p, moments, found))
-                if loss < least:
-                    chosen, least = _Correction(taps, damping, gains), loss
-        return chosen
 
     def _rounded(self, p: Problem, target: Tensor, best: Tensor, gram: Tensor, start: Grid) -> tuple[Tensor, Grid]:
         """Codes and scales of least loss, from several starts."""
@@ -110,125 +84,6 @@ class Descent:
             rows.refit()
         rows.descend(self.sweeps, self.rounding)
         return rows.result(target)
-
-
-class _Observed:
-    """What the samples say: first of all but those that choose, then of all."""
-
-    def __init__(self, p: Problem, rows: int) -> None:
-        self.p, self.sums, self.chooses = p, Accumulator(), list[tuple[int, Patches]]()
-        seen = 0
-        for patches, x in zip(gathered(p.layer, p.inputs, p.targets, rows, p.generator()), p.inputs, strict=True):
-            n, some = len(x), (seen + len(x)) // _CHOOSING - seen // _CHOOSING
-            seen += n
-            at = patches.inputs.shape[1] * (n - some) // n
-            if some < n:
-                self.sums.add(Patches(patches.inputs[:, :at], patches.outputs[:, :at]))
-            if some:
-                self.chooses.append((some, Patches(patches.inputs[:, at:], patches.outputs[:, at:])))
-
-    def moments(self) -> SecondMoments:
-        """Of what has been summed so far."""
-        return self.sums.moments(centred=self.p.bias is not None)
-
-    def choose(self) -> Sequence[tuple[int, Patches]]:
-        """The samples that choose, how many in each part; those that decide about the layer where there are too few others."""
-        for _, patches in self.chooses:
-            self.sums.add(patches)
-        return self.chooses or [(1, self.p.held_out)]
-
-
-class _Judge:
-    """The error of weights over positions, and over the means of whole samples, both relative to the variance of the outputs."""
-
-    def __init__(self, parts: Sequence[tuple[int, Patches]]) -> None:
-        step = -(-sum(patches.inputs.shape[1] for _, patches in parts) // _JUDGED)
-        alike: dict[int, list[tuple[Tensor, ...]]] = {}  # by positions of a sample, of which small batches have more
-        for n, part in parts:
-            each = tuple(t.reshape(len(t), n, -1, t.shape[2])[:, :, ::step] for t in (part.inputs, part.outputs))
-            alike.setdefault(each[0].shape[2], []).append(each)
-        self.parts = [tuple(torch.cat(ts, 1) for ts in zip(*some, strict=True)) for some in alike.values()]
-        outputs = [y for _, y in self.parts]
-        self.levels = [_variance(ys) for ys in ([y.flatten(1, 2) for y in outputs], [y.mean(2) for y in outputs])]
-
-    def __call__(self, w: Tensor, bias: Tensor | None) -> float:
-        """The loss of a weight [groups, outputs, K] and bias [groups, outputs]."""
-        sums = [0.0, 0.0]
-        for x, y in self.parts:
-            error = (x.flatten(1, 2) @ w.transpose(1, 2)).sub_(y.flatten(1, 2))
-            error = error if bias is None else error.add_(bias[:, None])
-            for i, e in enumerate((error, error.reshape(y.shape).mean(2))):
-                sums[i] += float(e.square().sum(1).double().sum())
-        over, shared = (s / v if v > 0 else 0.0 for s, v in zip(sums, self.levels, strict=True))
-        return (1 - _SHARED) * over + _SHARED * shared
-
-
-def _variance(parts: Sequence[Tensor]) -> float:
-    """The sum of squares about the mean of each output, of rows [groups, rows, outputs]."""
-    every = torch.cat(list(parts), 1)
-    return float((every - every.mean(1, keepdim=True)).square().double().sum())
-
-
-@dataclass(frozen=True)
-class _Correction:
-    """How W* comes from what the samples say: drawn to W, or to W D, or one of these itself where there is no damping."""
-
-    taps: int
-    damping: float | None = None
-    gains: bool = False
-
-    def __str__(self) -> str:
-        to = "W D" if self.gains else "W"
-        return f"W* = {to}" if self.damping is None else f"damping {self.damping:g} to {to}"
-
-    def of(self, moments: SecondMoments, w: Tensor) -> Tensor:
-        """W*, [groups, outputs, K]."""
-        to = gained(moments, w, self.taps) if self.gains else w
-        return to if self.damping is None else corrected(moments, to, self.damping)
-
-
-def gained(moments: SecondMoments, w: Tensor, taps: int) -> Tensor:
-    """W D, [groups, outputs, K]: gains D of the inputs, the same for all taps, of least squared error over all outputs."""
-    groups, _, k = w.shape
-    inputs = k // taps
-    gram = (w.transpose(1, 2) @ w).mul_(moments.gram).reshape(groups, inputs, taps, inputs, taps).sum((2, 4))
-    cross = (w * moments.cross).sum(1).reshape(groups, inputs, taps).sum(2)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    unsure = _UNSURE * diagonal + torch.finfo(w.dtype).eps * diagonal.mean(1, keepdim=True)
-    unsure = torch.where(unsure > 0, unsure, torch.ones_like(unsure))
-    gains = torch.linalg.solve(gram + torch.diag_embed(unsure), (cross + unsure)[:, :, None])[:, :, 0]
-    found: Tensor = w * gains.clamp(*_GAINS).repeat_interleave(taps, 1)[:, None]
-    return found
-
-
-def _mean_bias(p: Problem, moments: SecondMoments, w: Tensor) -> Tensor | None:
-    """The bias [groups, outputs] that takes up the mean error of a weight."""
-    return None if p.bias is None else moments.y_mean - (w @ moments.x_mean[:, :, None])[:, :, 0]
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """G + d I, d as a share of the mean diagonal; a dead input gets a neutral diagonal."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    level = diagonal.mean(1)
-    level = torch.where(level > 0, level, torch.ones_like(level))
-    return gram + torch.diag_embed((damping * level)[:, None].expand_as(diagonal))
-
-
-def corrected(moments: SecondMoments, to: Tensor, damping: float) -> Tensor:
-    """W*, [groups, outputs, K]: the least squares solution, drawn ``to`` weights where the samples say little.
-
-    Several weights may stand behind one another, [groups, several times outputs, K].
-    """
-    gram = damped(moments.gram, damping)
-    step = gram.diagonal(dim1=1, dim2=2) - moments.gram.diagonal(dim1=1, dim2=2)
-    cross = moments.cross.repeat(1, to.shape[1] // moments.cross.shape[1], 1)
-    right = (cross + to * step[:, None]).transpose(1, 2)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool((failed > 0).any()):
-        exact: Tensor = torch.linalg.solve(gram.double(), right.double())
-        return exact.transpose(1, 2).to(to)
-    found: Tensor = torch.cholesky_solve(right, factor)
-    return found.transpose(1, 2).contiguous()
 
 
 class _Rows:

@@ -53,17 +53,13 @@ class Problem:
         """The layer with another weight and bias."""
         return self.layer.target(x, weight, bias, *self.layer.args[3:])  # type: ignore[operator, no-any-return]
 
-    def held_out_loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Mean squared error over the held-out rows, summed over outputs; weight [groups, outputs, K], bias [groups, outputs]."""
-        found = self.held_out.inputs @ weight.transpose(1, 2)
-        if bias is not None:
-            found = found + bias[:, None]
-        return float((found - self.held_out.outputs).square_().mean(1).double().sum())
-
     def loss(self, weight: Tensor, bias: Tensor | None) -> float:
-        """The same for a weight and bias in the layer's own shapes."""
+        """Mean squared error over the held-out rows, summed over outputs, of a weight and bias in the layer's own shapes."""
         parts = blocks(self.layer, weight).flatten(2)
-        return self.held_out_loss(parts, None if bias is None else bias.reshape(parts.shape[:2]))
+        found = self.held_out.inputs @ parts.transpose(1, 2)
+        if bias is not None:
+            found = found + bias.reshape(parts.shape[:2])[:, None]
+        return float((found - self.held_out.outputs).square_().mean(1).double().sum())
 
 
 @dataclass(frozen=True)

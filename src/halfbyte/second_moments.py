@@ -140,6 +140,20 @@ class Accumulator:
         return SecondMoments(self.rows, zero_x, zero_y, gram, cross, square + y_mean.square())
 
 
+def pooled(a: SecondMoments, b: SecondMoments) -> SecondMoments:
+    """The moments of the rows of both, which are about the means of each, or both about zero."""
+    rows = a.rows + b.rows
+    share, other = a.rows / rows, b.rows / rows
+    x, y = a.x_mean - b.x_mean, a.y_mean - b.y_mean
+    apart = (x[:, :, None] * x[:, None], y[:, :, None] * x[:, None], y.square())
+    gram, cross, y_var = (
+        share * s + other * t + share * other * d
+        for s, t, d in zip((a.gram, a.cross, a.y_var), (b.gram, b.cross, b.y_var), apart, strict=True)
+    )
+    x_mean, y_mean = (share * s + other * t for s, t in ((a.x_mean, b.x_mean), (a.y_mean, b.y_mean)))
+    return SecondMoments(rows, x_mean, y_mean, gram, cross, y_var)
+
+
 _PORTION = 4096  # rows
 _STRIPS = 4  # the part above the diagonal, in so many strips
 
