@@ -113,6 +113,30 @@ def test_held_out_samples_have_the_last_word(monkeypatch: pytest.MonkeyPatch) ->
     assert found.log[-1].message.startswith("undone")
 
 
+@pytest.mark.parametrize(
+    ("noise", "kept"), [([9, 3, 2, 4], 2), ([9, 1, 2, 4], 4), ([9, 10, 9, 8], 1), ([5, 6, 7, 8], 0)]
+)
+def test_those_that_promise_most_are_kept_if_all_do_worse(
+    noise: list[float], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(6, 6), nn.ReLU())], nn.Linear(6, 4))
+    m = hb.calibrate(hb.place(hb.capture(net.eval(), torch.randn(4, 6)), GENERIC, activation_bits=4), data())
+    effects = {name: MODULE._Effect() for name in MODULE._candidates(m)}
+    for gain, effect in enumerate(effects.values(), 1):
+        effect.sums[:] = 9.0
+        effect.sums[:, 2] -= gain
+    answers = iter(noise)
+    monkeypatch.setattr(MODULE, "_effects", lambda *_: effects)
+    monkeypatch.setattr(MODULE, "noise_to_signal", lambda *_: next(answers))
+    found = hb.refine_ranges(m, data())
+    changed = [n for n in effects if not torch.equal(found.grids[n].scale, m.grids[n].scale)]
+    assert changed == list(effects)[4 - kept :]
+    told = found.log[-1]
+    assert told.message.startswith(f"kept {kept} of 4 changes" if kept else "undone")
+    assert told.figures == {"before": noise[0], "after": min(noise), "kept": kept > 0}
+    assert {e.value for e in found.log if e.stage == "refine_ranges" and e.value} == set(changed)
+
+
 def test_only_running_values_are_judged() -> None:
     """The guard looks at these values alone, with the weights of the float network."""
     m = calibrated()

@@ -1,30 +1,26 @@
 """Ranges of running values by what they do to the network's outputs, and not by the values' own squared error.
 
-Clipping and rounding one value by d moves the outputs by J d, J the Jacobian behind it. For random directions z of the outputs,
-``E_z (z^T J d)^2 = ||J d||^2``, and ``J^T z`` is one backward pass: gradients of a few samples judge every range of every value at
-once, without labels (the loss-aware clipping of LAPQ, arXiv 1911.07190, with the Gauss-Newton matrix in place of trials on the loss).
-Summed over a sample's positions before it is squared, an error that all positions share counts as it adds up.
+Gradients of a few samples judge every range of every value at once, without labels (:mod:`halfbyte.effects`).
 """
 
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.affine import Grid, fake_quantize
 from halfbyte.calibrate import Progress, regridded, room_for_bias, silent
+from halfbyte.effects import sloped
 from halfbyte.errors import DataError, UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import is_real, output_values
 from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
-from halfbyte.run import portions, run
+from halfbyte.run import portions
 
 FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
-_DIRECTIONS = 4
 _MOST = 32  # samples whose activations and gradients are held at a time
 
 
@@ -40,11 +36,11 @@ def refine_ranges(
     """Give running values of at most ``widest`` bits the scale that disturbs the outputs least. After ``calibrate``.
 
     data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
-    halves of the samples must agree. The last quarter of the samples then decides about all of them together, by the outputs of a
-    network with these values rounded and float weights. What the network reads and puts out keeps its range, and so do the values
-    in ``fixed``, by name. Before ``reconstruct``, leave values of 8 bits alone: what narrower ranges cut off there costs layers that
-    try to make up for it more than finer steps bring. Raises :class:`UsageError` for a model without grids and
-    :class:`DataError` where there are no data.
+    halves of the samples must agree. The last quarter of the samples then decides how many of them, of those that promise most,
+    do best together, by the outputs of a network with these values rounded and float weights. What the network reads and puts out
+    keeps its range, and so do the values in ``fixed``, by name. Before ``reconstruct``, leave values of 8 bits alone: what narrower
+    ranges cut off there costs layers that try to make up for it more than finer steps bring. Raises :class:`UsageError` for a
+    model without grids and :class:`DataError` where there are no data.
     """
     if not m.grids or m.target is None:
         raise UsageError("there are no ranges to refine yet: call place and calibrate before refine_ranges")
@@ -60,20 +56,30 @@ def refine_ranges(
     cut = max(1, len(samples[0]) - len(samples[0]) // 4)
     fit, held = (list(portions(m, [tuple(t[part] for t in samples)], _MOST)) for part in (slice(cut), slice(cut, None)))
     changed = {n: e for n, e in _effects(m, fit, values, seed, progress).items() if e.best() != _SAME}
-    scales = {n: m.grids[n].scale * FACTORS[e.best()] for n, e in changed.items()}
-    refined = regridded(m, {n: replace(m.grids[n], scale=scale) for n, scale in scales.items()})
-    grids, raised = room_for_bias(refined, dict(refined.grids))
-    refined = replace(refined, grids=grids)
-    before, after = (noise_to_signal(_alone(v, values), held or fit, m.as_float()) for v in (m, refined))
-    text = f"noise-to-signal at the outputs on held-out samples, float weights: {before:.4g} before, {after:.4g} after"
-    figures = {"before": before, "after": after, "kept": after < before}
-    if after >= before:
-        return m.logged(LogEntry("refine_ranges", None, f"undone: {text}", figures))
-    return refined.logged(
-        *(e.entry(n) for n, e in changed.items()),
-        *raised,
-        LogEntry("refine_ranges", None, f"kept: {text}", figures),
+    return _decided(m, dict(sorted(changed.items(), key=lambda c: -c[1].gain())), held or fit, values)
+
+
+def _decided(m: QModel, changed: dict[str, "_Effect"], held: Sequence[Inputs], values: Sequence[str]) -> QModel:
+    """The model with as many changes as do best together: all, the half that promises most, a quarter of them, and so on."""
+    noise = noise_to_signal(_alone(m, values), held, m.as_float())
+    best, least, count, raised = m, noise, len(changed), list[LogEntry]()
+    kept: list[str] = []
+    while count:
+        some = list(changed)[:count]
+        scales = {n: m.grids[n].scale * FACTORS[changed[n].best()] for n in some}
+        refined = regridded(m, {n: replace(m.grids[n], scale=scale) for n, scale in scales.items()})
+        grids, log = room_for_bias(refined, dict(refined.grids))
+        refined = replace(refined, grids=grids)
+        loss = noise_to_signal(_alone(refined, values), held, m.as_float())
+        if loss < least:
+            best, least, raised, kept = refined, loss, list(log), some
+        count //= 2
+    text = f"kept {len(kept)} of {len(changed)} changes" if kept else "undone"
+    text += (
+        f": noise-to-signal at the outputs on held-out samples, float weights: {noise:.4g} before, {least:.4g} after"
     )
+    entry = LogEntry("refine_ranges", None, text, {"before": noise, "after": least, "kept": bool(kept)})
+    return best.logged(*(changed[n].entry(n) for n in kept), *raised, entry)
 
 
 @dataclass
@@ -86,6 +92,10 @@ class _Effect:
         """The factor of least effect, if both halves agree that it does better than none."""
         index = int(self.sums.sum(0).argmin())
         return index if bool((self.sums[:, index] < self.sums[:, _SAME]).all()) else _SAME
+
+    def gain(self) -> float:
+        """How much less effect the best factor has than none."""
+        return float(self.sums[:, _SAME].sum() - self.sums[:, self.best()].sum())
 
     def entry(self, name: str) -> LogEntry:
         """What the refinement of one value brings."""
@@ -117,41 +127,15 @@ def _effects(
     m: QModel, fit: Sequence[Inputs], values: Sequence[str], seed: int, progress: Progress
 ) -> dict[str, _Effect]:
     """What each range of each value does to the outputs."""
-    network, generator = m.as_float(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     effects = {name: _Effect() for name in values}
     for i, batch in enumerate(fit, 1):
-        seen: dict[str, Tensor] = {}
-
-        def tap(name: str, t: Tensor, seen: dict[str, Tensor] = seen, count: int = len(batch[0])) -> Tensor:
-            if name not in effects or t.ndim == 0 or len(t) != count:  # no value for each sample
-                return t
-            seen[name] = t if t.requires_grad else t.detach().requires_grad_()
-            return seen[name]
-
-        with torch.enable_grad():
-            outputs = [y for y in run(network, batch, tap) if y.is_floating_point() and y.requires_grad]
-        slopes = [_slopes(outputs, list(seen.values()), generator) for _ in range(_DIRECTIONS)] if outputs else []
-        for j, (name, t) in enumerate(seen.items()):
-            gradients = [s[j] for s in slopes if s[j] is not None]
-            if gradients:
-                form = m.plan[name]
-                assert form is not None
-                effects[name].sums += _squares(t.detach(), m.grids[name], form, gradients)
+        for name, (t, gradients) in sloped(m, batch, effects, generator).items():
+            form = m.plan[name]
+            assert form is not None
+            effects[name].sums += _squares(t, m.grids[name], form, gradients)
         progress("refine_ranges", i, len(fit))
     return effects
-
-
-def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
-    """Gradients of a random direction of the outputs, each over its spread, with respect to the values.
-
-    A shift that all scores of a sample [samples, classes] share changes no decision, and does not count.
-    """
-    total = torch.zeros((), device=outputs[0].device)
-    for y in outputs:
-        z = torch.randn(y.shape, generator=generator).to(y.device)
-        z = z - z.mean(1, keepdim=True) if y.ndim == 2 and y.shape[1] > 1 else z
-        total = total + (y * z).sum() / y.detach().std().clamp(min=1e-12)
-    return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
 
 
 @torch.no_grad()

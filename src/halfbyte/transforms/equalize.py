@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.chains import Link, Pair, Stream, outputs, pairs, streams
+from halfbyte.channels import Seen, clipped, expected, measured
 from halfbyte.errors import UsageError
 from halfbyte.graph import (
     bias_of,
@@ -31,23 +32,16 @@ from halfbyte.graph import (
     weight_name,
 )
 from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
-from halfbyte.moments import propagate
 from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds
-from halfbyte.run import portions, run
 
 Method = Literal["noise", "weights"]
 Ranges = Literal["symmetric", "asymmetric"]
 _LARGEST = 2.0**10  # beyond it the weights would vanish in float16 engines
 _SETTLED = 1e-4  # a sweep that changes no factor by more has converged
 _SWEEPS, _START = 200, 15  # the fewer are enough for a start
-# Real values have heavier tails than normal ones: a channel that was scaled up because it is hardly ever active must not be cut
-# off on the one sample where it is.
-_FAR = 12.0
 # What batch norms remember of all training data is worth more than a few samples, which fill in where nothing is known. Of fewer
 # bits the grid cuts tails off, whatever they are, and samples tell how the values inside lie.
 WIDE = 8
-# A few samples cannot say that a channel is always smaller than this share of the largest.
-_UNSEEN = 16.0
 _SHARPNESS = 32.0  # the power whose norm stands for a maximum
 _STEPS, _RATE, _SEARCH_EVERY = 48, 0.2, 4  # of the descent, in logarithms of factors
 
@@ -147,68 +141,15 @@ def _scaled_inputs(layer: fx.Node, source: Tensor, w: Tensor, s: Tensor) -> Tens
     return unblocks(layer, blocks(layer, w) * per_input(layer, s[source.to(s.device)]), w.shape)
 
 
-_Seen = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor
-]  # least, greatest, mean, mean square, share not zero; each [channels]
-
-
-def _expected(m: QModel, axes: dict[str, int]) -> dict[str, _Seen]:
-    """The wanted values according to the moments of batch norms."""
-    found = {}
-    for name, s in propagate(m).items():
-        if name in axes:
-            axis = axes[name]
-            least, greatest = (t.movedim(axis, 0).flatten(1) for t in s.ends(_FAR))
-            power = s.channels(axis, s.var + s.mean.square())
-            zero = torch.special.ndtr((s.low - s.mu) / s.sigma.clamp(min=1e-30)) * (s.low == 0)
-            active = 1 - s.channels(axis, zero)
-            found[name] = (least.amin(1), greatest.amax(1), s.channels(axis, s.mean), power, active)
-    return found
-
-
-@torch.no_grad()
-def _measured(m: QModel, data: Iterable[Inputs], axes: dict[str, int]) -> dict[str, _Seen]:
-    """The wanted values according to data."""
-    found: dict[str, _Seen] = {}
-    count: dict[str, int] = {}
-
-    def tap(name: str, x: Tensor) -> Tensor:
-        if name in axes:
-            others = [d for d in range(x.ndim) if d != axes[name] % x.ndim]
-            new = (x.amin(others), x.amax(others), x.sum(others), x.square().sum(others), (x != 0).float().sum(others))
-            if name in found:
-                old = found[name]
-                sums = (a + b for a, b in zip(old[2:], new[2:], strict=True))
-                new = (torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1]), *sums)  # type: ignore[assignment]
-            found[name] = new
-            count[name] = count.get(name, 0) + x.numel() // x.shape[axes[name]]
-        return x
-
-    for batch in portions(m, data):
-        run(m.as_float(), batch, tap)
-    measured = {}
-    for name, (low, high, *sums) in found.items():
-        mean, power, active = (t / count[name] for t in sums)
-        floor = torch.maximum(high, -low).max() / _UNSEEN
-        measured[name] = (
-            torch.minimum(low, -floor * (low < 0)),
-            torch.maximum(high, floor * (high > 0)),
-            mean,
-            power,
-            active,
-        )
-    return measured
-
-
 class _Side:
     """One layer of a chain: what its expected noise depends on, in blocks [groups, outputs, inputs] without taps."""
 
-    def __init__(self, m: QModel, layer: fx.Node, into: _Seen) -> None:
+    def __init__(self, m: QModel, layer: fx.Node, into: Seen) -> None:
         w = blocks(layer, m.parameters[weight_name(layer)].float())
         self.largest, self.squares, taps = w.abs().amax(3), w.square().sum(3), w.shape[3]
-        self.power = (into[3] * taps).reshape(groups(layer), -1)
-        self.low, self.high = (-into[0]).clamp(min=0), into[1].clamp(min=0)
-        self.active = into[4].reshape(groups(layer), -1)  # zero is on every grid
+        self.power = (into.power * taps).reshape(groups(layer), -1)
+        self.low, self.high = (-into.low).clamp(min=0), into.high.clamp(min=0)
+        self.active = into.active.reshape(groups(layer), -1)  # zero is on every grid
         self.importance = torch.ones(())  # [groups, outputs]: how noise there counts at the end of the chain
         # The channel of each input, and the link, a pair or a stream, that scales it; the same for the outputs.
         self.source = torch.arange(self.power.numel())
@@ -313,17 +254,17 @@ def _summed(x: Tensor, part: Tensor, parts: int) -> Tensor:
     return torch.zeros(parts, dtype=x.dtype, device=x.device).index_add(0, part, x)
 
 
-def _variance(seen: _Seen) -> Tensor:
-    return (seen[3] - seen[2].square()).clamp(min=0)
+def _variance(seen: Seen) -> Tensor:
+    return (seen.power - seen.mean.square()).clamp(min=0)
 
 
-def _known(seen: dict[str, _Seen], *nodes: object) -> bool:
+def _known(seen: dict[str, Seen], *nodes: object) -> bool:
     values = [seen.get(value_name(n)) for n in nodes]  # type: ignore[arg-type]
     return all(v is not None and all(bool(torch.isfinite(t).all()) for t in v) for v in values)
 
 
 def _chains(
-    m: QModel, found: list[Pair], sums: list[Stream], seen: dict[str, _Seen]
+    m: QModel, found: list[Pair], sums: list[Stream], seen: dict[str, Seen]
 ) -> tuple[list[Pair], list[Stream], list[list[_Side]]]:
     """The pairs and the streams whose values are all known, and the layers of each chain that pairs form."""
     usable: list[Pair] = []
@@ -356,7 +297,7 @@ def _chains(
     return usable, joined, chains
 
 
-def _weigh(sides: dict[fx.Node, _Side], order: dict[fx.Node, int], seen: dict[str, _Seen]) -> None:
+def _weigh(sides: dict[fx.Node, _Side], order: dict[fx.Node, int], seen: dict[str, Seen]) -> None:
     """How noise in what each layer puts out counts, from the ends of the network back to its start."""
     for layer in sorted(sides, key=order.__getitem__, reverse=True):
         side, importance = sides[layer], None
@@ -373,7 +314,7 @@ def _weigh(sides: dict[fx.Node, _Side], order: dict[fx.Node, int], seen: dict[st
         side.importance = importance.reshape(side.power.shape[0], -1)
 
 
-def _through_pair(pair: Pair, second: _Side, seen: dict[str, _Seen]) -> Tensor:
+def _through_pair(pair: Pair, second: _Side, seen: dict[str, Seen]) -> Tensor:
     """How noise in each output of the first layer counts, [channels]."""
     signal, passed = _variance(seen[value_name(pair.first)]), _variance(seen[value_name(pair.value)])
     gain = _gathered_sum(pair, passed) / pair.source.bincount(minlength=len(signal)).clamp(min=1).to(passed)
@@ -403,14 +344,17 @@ def _for_noise(
     """Factors, [channels] by the first layer's name, that minimise the expected noise; as published where values are unknown."""
     axes: dict[str, int] = {}
     links: list[Link] = [*found, *sums]
-    for layer in (n for link in links for n in link.layers):
+    every = [n for link in links for n in link.layers]
+    for layer in every:
         axes |= {value_name(n): input_axis(layer) for n in (layer, layer.args[0])}  # type: ignore[arg-type]
-    expected = {n: seen for n, seen in _expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
+    known = {n: seen for n, seen in expected(m, axes).items() if all(bool(torch.isfinite(t).all()) for t in seen)}
     if data is not None and bits[1] < WIDE:
-        expected |= _measured(m, data, axes)
-    elif data is not None and not axes.keys() <= expected.keys():
-        expected = {**_measured(m, data, axes), **expected}
-    usable, joined, chains = _chains(m, found, sums, expected)
+        samples = list(data)
+        read = {value_name(layer.args[0]) for layer in every}  # type: ignore[arg-type]
+        known = clipped(m, samples, known | measured(m, samples, axes), {n: axes[n] for n in read}, bits[1])
+    elif data is not None and not axes.keys() <= known.keys():
+        known = {**measured(m, data, axes), **known}
+    usable, joined, chains = _chains(m, found, sums, known)
     published = {} if per_channel else _for_weights(m, found, "symmetric", _START)
     if not chains:
         return published, []

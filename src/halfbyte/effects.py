@@ -1,0 +1,55 @@
+"""What changes of running values do to a network's outputs, to first order.
+
+A change d of a value moves the outputs by J d, J the Jacobian behind it. For random directions z of the outputs,
+``E_z (z^T J d)^2 = ||J d||^2``, and ``J^T z`` is one backward pass: gradients of a few samples judge every change of every value
+at once, without labels (the Gauss-Newton matrix in place of trials on the loss, as arXiv 1911.07190 has them). Summed over a
+sample's positions before it is squared, an error that all positions share counts as it adds up.
+"""
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.model import Inputs, QModel
+from halfbyte.run import run
+
+_DIRECTIONS = 4
+
+
+def sloped(
+    m: QModel, batch: Inputs, names: Container[str], generator: torch.Generator
+) -> dict[str, tuple[Tensor, list[Tensor]]]:
+    """Named values of the float network on a batch, each with the gradients of some random directions of the outputs.
+
+    Values that hold nothing for each sample, or that no output depends on, are left out.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def tap(name: str, t: Tensor) -> Tensor:
+        if name not in names or t.ndim == 0 or len(t) != len(batch[0]):
+            return t
+        seen[name] = t if t.requires_grad else t.detach().requires_grad_()
+        return seen[name]
+
+    with torch.enable_grad():
+        outputs = [y for y in run(m.as_float(), batch, tap) if y.is_floating_point() and y.requires_grad]
+    if not outputs:
+        return {}
+    slopes = [_slopes(outputs, list(seen.values()), generator) for _ in range(_DIRECTIONS)]
+    found = {n: (t.detach(), [s[j] for s in slopes if s[j] is not None]) for j, (n, t) in enumerate(seen.items())}
+    return {n: both for n, both in found.items() if both[1]}
+
+
+def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
+    """Gradients of a random direction of the outputs, each over its spread, with respect to the values.
+
+    A shift that all scores of a sample [samples, classes] share changes no decision, and does not count.
+    """
+    total = torch.zeros((), device=outputs[0].device)
+    for y in outputs:
+        z = torch.randn(y.shape, generator=generator).to(y.device)
+        z = z - z.mean(1, keepdim=True) if y.ndim == 2 and y.shape[1] > 1 else z
+        total = total + (y * z).sum() / y.detach().std().clamp(min=1e-12)
+    return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
