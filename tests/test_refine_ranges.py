@@ -64,8 +64,9 @@ def test_range_follows_what_matters() -> None:
     assert any(e.value == name and "scale times" in e.message for e in found.log)
 
 
-def test_chosen_factor_is_that_of_trials() -> None:
+def test_chosen_factor_is_that_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network behind the value is linear, so that first order is all: trials on the outputs must agree."""
+    monkeypatch.setattr(MODULE, "_ROUNDS", 1)
     m = calibrated()
     name = hidden(m)
     trials = [
@@ -126,6 +127,7 @@ def test_those_that_promise_most_are_kept_if_all_do_worse(
         effect.sums[:] = 9.0
         effect.sums[:, 2] -= gain
     answers = iter(noise)
+    monkeypatch.setattr(MODULE, "_ROUNDS", 1)
     monkeypatch.setattr(MODULE, "_effects", lambda *_: effects)
     monkeypatch.setattr(MODULE, "noise_to_signal", lambda *_: next(answers))
     found = hb.refine_ranges(m, data())
@@ -135,6 +137,28 @@ def test_those_that_promise_most_are_kept_if_all_do_worse(
     assert told.message.startswith(f"kept {kept} of 4 changes" if kept else "undone")
     assert told.figures == {"before": noise[0], "after": min(noise), "kept": kept > 0}
     assert {e.value for e in found.log if e.stage == "refine_ranges" and e.value} == set(changed)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rounds"), [([9, 8.5], 1), ([9, 4, 4, 3.9], 2), ([9, 4, 4, 5], 2), ([9, 4, 4, 2, 2, 1], 3)]
+)
+def test_ranges_are_refined_again_where_that_brought_much(
+    noise: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([*noise, None])
+    monkeypatch.setattr(MODULE, "noise_to_signal", lambda *_: next(answers))
+    effect = MODULE._Effect()
+    effect.sums[:], effect.sums[:, 2] = 9.0, 1.0
+    monkeypatch.setattr(MODULE, "_effects", lambda *_: {hidden(m): effect})
+    m = calibrated()
+    found = hb.refine_ranges(m, data())
+    assert next(answers) is None
+    scale = found.grids[hidden(m)].scale / m.grids[hidden(m)].scale
+    kept = sum(after < before for before, after in zip(noise[::2], noise[1::2], strict=True))
+    assert float(scale) == pytest.approx(MODULE.FACTORS[2] ** kept)
+    assert len([e for e in found.log if e.message.startswith("kept")]) == kept
+    assert rounds - kept in (0, 1)
+    assert not any(e.message.startswith("undone") for e in found.log)
 
 
 def test_only_running_values_are_judged() -> None:
