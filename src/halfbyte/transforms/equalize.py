@@ -59,7 +59,8 @@ def equalize(
 ) -> QModel:
     """Equalize every legal pair of layers. Use before placement; batch norms must be folded.
 
-    data: a few batches, which the method *noise* measures channels on; without them it takes the moments of the batch norms.
+    data: a few batches, which the method *noise* measures channels on; without them it takes the moments of the batch norms. For
+    values of fewer than 8 bits the ends of a channel are those that disturb the outputs least, to first order.
     per_channel, weight_bits, activation_bits: what the method *noise* expects of the quantization that follows. ranges: what the
     method *weights* takes for a range, the largest magnitude or the distance from the least to the largest. Every pair, and why
     the other layers have none, is logged. Limits of clamps such as ReLU6 are scaled with their channels, so the float outputs
