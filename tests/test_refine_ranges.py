@@ -140,7 +140,8 @@ def test_those_that_promise_most_are_kept_if_all_do_worse(
 
 
 @pytest.mark.parametrize(
-    ("noise", "rounds"), [([9, 8.5], 1), ([9, 4, 4, 3.9], 2), ([9, 4, 4, 5], 2), ([9, 4, 4, 2, 2, 1], 3)]
+    ("noise", "rounds"),
+    [([9, 8.5], 1), ([0.1, 0.009], 1), ([9, 4, 4, 3.9], 2), ([9, 4, 4, 5], 2), ([9, 4, 4, 2, 2, 1], 3)],
 )
 def test_ranges_are_refined_again_where_that_brought_much(
     noise: list[float], rounds: int, monkeypatch: pytest.MonkeyPatch

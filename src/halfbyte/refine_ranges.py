@@ -21,7 +21,11 @@ from halfbyte.run import portions
 
 FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
-_ROUNDS, _WORTH = 3, 0.9  # at most; another one where this one left no more than so much of the noise
+_ROUNDS, _WORTH, _LITTLE = (
+    3,
+    0.9,
+    0.01,
+)  # at most; another one where so much of the noise is left at most, but not a little
 _MOST = 32  # samples whose activations and gradients are held at a time
 
 
@@ -39,7 +43,7 @@ def refine_ranges(
     data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
     halves of the samples must agree. The last quarter of the samples then decides how many of them, of those that promise most,
     do best together, by the outputs of a network with these values rounded and float weights. Where that lowered the noise by a
-    tenth, all is tried again from there. What the network reads and puts out keeps its range, and so do the values in ``fixed``, by
+    tenth, and more than a hundredth of the signal is left, all is tried again from there. What the network reads and puts out keeps its range, and so do the values in ``fixed``, by
     name. Before ``reconstruct``, leave values of 8 bits alone: what narrower ranges cut off there costs layers that try to make up
     for it more than finer steps bring. Raises :class:`UsageError` for a model without grids and :class:`DataError` where there
     are no data.
@@ -62,7 +66,7 @@ def refine_ranges(
         refined = _decided(m, dict(sorted(changed.items(), key=lambda c: -c[1].gain())), held or fit, values)
         told = refined.log[-1].figures
         m = refined if told["kept"] or not i else m
-        if told["after"] > _WORTH * told["before"]:
+        if told["after"] > _WORTH * told["before"] or told["after"] < _LITTLE:
             break
     return m
 
