@@ -55,7 +55,8 @@ def choose(p: Problem, rows: int, dampings: Iterable[float]) -> tuple[Correction
     fitted, judges = observed(p, rows)
     centred = p.bias is not None
     moments, judge = fitted.moments(centred=centred), Judge(judges, p)
-    w, taps = blocks(p.layer, p.weight).flatten(2), blocks(p.layer, p.weight).shape[3]
+    parts = blocks(p.layer, p.weight)
+    w, taps = parts.flatten(2), parts.shape[3]
     chosen, least = Correction(taps), float("inf")
     to = torch.cat([w, gained(moments, w, taps)], 1)
     for damping in (None, *dampings):
@@ -64,7 +65,9 @@ def choose(p: Problem, rows: int, dampings: Iterable[float]) -> tuple[Correction
             loss = judge(found, mean_bias(p, moments, found))
             if loss < least - _ALIKE:
                 chosen, least = Correction(taps, damping, gains), loss
-    return chosen, pooled(moments, judges.sums.moments(centred=centred)) if judges.means else moments
+    if not judges.means:
+        return chosen, moments
+    return chosen, pooled(moments, judge.moments if centred else judges.sums.moments(centred=False))
 
 
 @dataclass(frozen=True)

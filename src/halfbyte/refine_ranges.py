@@ -43,7 +43,7 @@ def refine_ranges(
     data: unlabelled batches; 64 samples will do. Every scale is tried times 0.4 to 1.26, each value alone and to first order; two
     halves of the samples must agree. The last quarter of the samples then decides how many of them, of those that promise most,
     do best together, by the outputs of a network with these values rounded and float weights. Where that lowered the noise by a
-    tenth, and more than a hundredth of the signal is left, all is tried again from there. What the network reads and puts out
+    tenth, to more than a hundredth of the signal, all is tried again from there. What the network reads and puts out
     keeps its range, and so do the values in ``fixed``, by name. Before ``reconstruct``, leave values of 8 bits alone: what narrower
     ranges cut off there costs layers that try to make up for it more than finer steps bring. Raises :class:`UsageError` for a
     model without grids and :class:`DataError` where there are no data.
