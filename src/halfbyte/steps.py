@@ -116,12 +116,11 @@ def _equalize(
     return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, fixed=c.ranges, **wide)
 
 
-def _rotate(m: QModel, c: Context, *, widest: int = 7) -> QModel:
+def _rotate(m: QModel, c: Context) -> QModel:
     few = c.few()
-    if c.activation_bits > widest or not few:
-        why = "there are no data" if c.activation_bits <= widest else f"running values have more than {widest} bits"
-        return m.logged(LogEntry("rotate", None, f"left as it is: {why}"))
-    return rotate(m, few, bits=c.activation_bits, fixed=c.ranges)
+    if not few:
+        return m.logged(LogEntry("rotate", None, "left as it is: there are no data"))
+    return rotate(m, few, weight_bits=c.weight_bits, activation_bits=c.activation_bits, fixed=c.ranges)
 
 
 def _absorb(m: QModel, c: Context) -> QModel:

@@ -43,7 +43,7 @@ _SWEEPS, _START = 200, 15  # the fewer are enough for a start
 # bits the grid cuts tails off, whatever they are, and samples tell how the values inside lie.
 WIDE = 8
 _SHARPNESS = 32.0  # the power whose norm stands for a maximum
-_STEPS, _RATE, _SEARCH_EVERY = 48, 0.2, 4  # of the descent, in logarithms of factors
+_STEPS, _RATE, _SEARCH_EVERY = 600, 0.03, 4  # of the descent, in logarithms of factors; steps cost little
 
 
 def equalize(

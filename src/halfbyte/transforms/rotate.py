@@ -1,16 +1,23 @@
-"""Mix the channels of values between linear operations so that rounding these values costs least; the function is unchanged.
+"""Mix the channels of values between linear operations so that rounding them and what reads them costs least; the function stays.
 
 Where a value reaches its layers without an activation function, such as the bottlenecks of MobileNetV2 and the sums of them, any
 invertible matrix R may stand between: ``R W1, R (b1 - mean)`` and ``W2 R^-1, b2 + W2 mean``. One scale serves all channels, so an error
 of the rounded value has the power of the widest channel, and counts for what the next layers make of it:
 
-    noise = max_i (R C R^T)_ii  tr(H R^-1 R^-T)
+    noise of the value = max_i (R C R^T)_ii  tr(H R^-1 R^-T)
 
 with C the covariance of the value, H the sum of the readers' ``W2^T D W2`` and D the reciprocal variances of what they put out. By
 ``P = R^T R`` and a rotation that gives all channels one variance it is ``tr(C P) tr(H P^-1) / n``, which is least where P is the
 geometric mean of H and C^-1; then ``(sum of the square roots of the eigenvalues of H C)^2 / n``. Scaling channels, R diagonal, reaches
 ``(sum of sqrt(H_ii C_ii))^2 / n`` at best. The optimum is that of transform coding, where the noise shall be small behind a matrix;
 rotations against outliers in language models (arXiv 2404.00456) are the special case that looks at neither C nor H.
+
+The weights of the readers are rounded in proportion to their rows, and where each code makes up for the errors of others, an error
+counts by the geometric mean of the eigenvalues of ``R C R^T``:
+
+    noise of the readers' weights ~ tr(H P^-1) det(P)^(1/n) det(C)^(1/n),
+
+least at ``P = H``, by any rotation. Half way between, on the geodesic from H to the geometric mean, both noises are close to least.
 """
 
 import math
@@ -31,7 +38,7 @@ from halfbyte.ops import Kind, kind
 from halfbyte.run import portions, run
 from halfbyte.stats import histogram
 
-_WORTH = 2.0  # dB over scaled channels: less is not worth weights whose channels are mixed, too
+_TOWARDS_VALUES = 0.25  # on the geodesic from H at 0 to C^-1 at 1; 0.5 is least for values
 _FLOOR = 1e-4  # of the mean diagonal, added to C and H: few samples and few readers say nothing of some directions
 _TURNS = 8  # for each channel, until all have one variance
 _EVEN = 1e-6  # of the mean variance
@@ -39,13 +46,19 @@ _COLUMNS = 512  # positions of each portion on which both ways are tried
 _CONSTANT = 1e-8  # of the power of the means: less variance is rounding in float
 
 
-def rotate(m: QModel, data: Iterable[Inputs], *, bits: int = 4, fixed: Container[str] = ()) -> QModel:
-    """Mix channels wherever that lowers the noise of rounding by two decibels or more. Use before :func:`equalize`, with batch
-    norms folded.
+def rotate(
+    m: QModel,
+    data: Iterable[Inputs],
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    fixed: Container[str] = (),
+) -> QModel:
+    """Mix channels wherever that lowers the noise of rounding. Use before :func:`equalize`, with batch norms folded.
 
-    data: a few batches, for covariances and means; where the next layers do not pad, means go into their biases. bits: of running
-    values, at which both ways are tried on the data. For fewer than eight: at eight, other noise is larger. fixed: names of values
-    that stay as they are, because somebody knows their range. Every value and its gain is logged. Raises :class:`UsageError` for a
+    data: a few batches, for covariances and means; where the next layers do not pad, means go into their biases. weight_bits,
+    activation_bits: at which mixed and scaled channels are tried. fixed: names of values that stay as they are, because somebody
+    knows their range. Every value and its gain is logged. Raises :class:`UsageError` for a
     model that is placed already, and :class:`DataError` where there are no data.
     """
     if m.plan:
@@ -59,9 +72,9 @@ def rotate(m: QModel, data: Iterable[Inputs], *, bits: int = 4, fixed: Container
     params, moments, log = dict(m.parameters), dict(m.moments), []
     for link in links:
         name = value_name(link.writers[0])
-        found = _solved(link, m.parameters, seen, bits)
+        found = _solved(link, m.parameters, seen, (weight_bits, activation_bits))
         ends = f"{len(link.writers)} layers that write and {len(link.readers)} that read"
-        if found is None or found[1] < _WORTH:
+        if found is None or found[1] <= 0:
             gain = "" if found is None else f": {found[1]:.1f} dB over scaled channels"
             log.append(LogEntry("rotate", name, f"left as it is between {ends}{gain}"))
             continue
@@ -88,29 +101,32 @@ def _is_linear(link: Link) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Mean [channels], covariance [channels, channels] and some columns of a value over samples and positions, float64."""
+    """Mean, variance [channels] and, of values to mix, covariance [channels, channels] and some columns, float64."""
 
     mean: Tensor
+    variance: Tensor
     covariance: Tensor
     some: Tensor
 
 
 @torch.no_grad()
 def _observed(m: QModel, data: Iterable[Inputs], links: list[Link]) -> dict[str, _Seen]:
-    """All values that the links write and read, and what their readers put out."""
-    axes: dict[str, int] = {}
-    for link in links:
-        axes |= {value_name(n): input_axis(n) for n in link.layers}
-        axes |= {value_name(r.args[0]): input_axis(r) for r, _ in link.readers}  # type: ignore[arg-type]
+    """All values that the links write and read, and of what their readers put out the variances."""
+    axes = {value_name(n): input_axis(n) for link in links for n in link.layers}
+    mixed = {value_name(n): axes[value_name(n)] for link in links for n in link.writers}
+    mixed |= {value_name(r.args[0]): input_axis(r) for link in links for r, _ in link.readers}  # type: ignore[arg-type]
+    axes |= mixed
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     some: dict[str, list[Tensor]] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in axes:
             flat = x.movedim(axes[name], 0).flatten(1).double()
-            some.setdefault(name, []).append(flat[:, :: max(1, flat.shape[1] // _COLUMNS)].cpu())
-            total, square, count = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = (total + flat.sum(1), square + flat @ flat.T, count + flat.shape[1])
+            square = flat @ flat.T if name in mixed else flat.square().sum(1)
+            if name in mixed:
+                some.setdefault(name, []).append(flat[:, :: max(1, flat.shape[1] // _COLUMNS)].cpu())
+            total, squares, count = sums.get(name, (0.0, 0.0, 0))
+            sums[name] = (total + flat.sum(1), squares + square, count + flat.shape[1])
         return x
 
     for batch in portions(m, data):
@@ -118,22 +134,30 @@ def _observed(m: QModel, data: Iterable[Inputs], links: list[Link]) -> dict[str,
     if not sums:
         raise DataError("there are no data to learn covariances from")
     found = {}
-    for name, (total, square, count) in sums.items():
-        mean = (total / count).cpu()
-        found[name] = _Seen(mean, (square / count).cpu() - torch.outer(mean, mean), torch.cat(some[name], 1))
+    for name, (total, squares, count) in sums.items():
+        mean, square = (total / count).cpu(), (squares / count).cpu()
+        if name in mixed:
+            covariance = square - torch.outer(mean, mean)
+            found[name] = _Seen(mean, covariance.diagonal(), covariance, torch.cat(some[name], 1))
+        else:
+            nothing = mean.new_empty(0, 0)
+            found[name] = _Seen(mean, square - mean.square(), nothing, nothing)
     return found
 
 
-def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen], bits: int) -> tuple[Tensor, float] | None:
+def _solved(
+    link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen], bits: tuple[int, int]
+) -> tuple[Tensor, float] | None:
     """R, float64 [channels, channels], and how many decibels less noise it makes than scaled channels; None for values of no spread."""
-    n = link.channels
+    n, read = link.channels, []
     covariance, importance = torch.zeros(2, n, n, dtype=torch.float64)
     for reader, _ in link.readers:
         w = blocks(reader, params[weight_name(reader)].cpu().double())[0]  # [outputs, inputs, taps]
-        variance = seen[value_name(reader)].covariance.diagonal()
+        variance = seen[value_name(reader)].variance
         counts = 1 / (variance.clamp(min=1e-6 * float(variance.max()) + 1e-30) * len(variance))
+        read.append(w * counts.sqrt()[:, None, None])
         covariance += seen[value_name(reader.args[0])].covariance / len(link.readers)  # type: ignore[arg-type]
-        importance += torch.einsum("o,oit,ojt->ij", counts, w, w)
+        importance += torch.einsum("oit,ojt->ij", read[-1], read[-1])
     power = sum(float(seen[value_name(r.args[0])].mean.square().sum()) for r, _ in link.readers)  # type: ignore
     finite = all(bool(torch.isfinite(t).all()) for t in (covariance, importance))
     if not finite or float(covariance.trace()) <= _CONSTANT * power or float(importance.trace()) <= 0:
@@ -142,36 +166,40 @@ def _solved(link: Link, params: Mapping[str, Tensor], seen: dict[str, _Seen], bi
     covariance, importance = (
         t + _FLOOR * t.trace() / n * torch.eye(n, dtype=t.dtype) for t in (covariance, importance)
     )
-    root = _root(covariance)
-    inverse = torch.linalg.inv(root)
-    middle = root @ importance @ root
-    half = _root(inverse @ _root(middle) @ inverse)  # of P
+    root, t = _power(importance), _TOWARDS_VALUES
+    half = _power(root @ _power(root @ covariance @ root, -t) @ root)  # of P
     mixing = _levelled(half @ measured @ half) @ half
     mixing *= (measured.trace() / torch.trace(mixing @ measured @ mixing.T)).sqrt()  # the value keeps its size
-    scaled = torch.diag((importance.diagonal() / covariance.diagonal()) ** 0.25)
+    scaled = torch.diag(importance.diagonal() ** ((1 - t) / 2) * covariance.diagonal() ** (-t / 2))
     values = {value_name(r.args[0]) for r, _ in link.readers}  # type: ignore[arg-type]
     centre = _may_be_centred(link)
     x = torch.cat([seen[v].some - (seen[v].mean[:, None] if centre else 0.0) for v in sorted(values)], 1)
-    noises = [_noise(t, x, _root(importance), bits) for t in (scaled, mixing)]
+    noises = [_noise(r, x, read, covariance, root, bits) for r in (scaled, mixing)]
     return mixing, 10 * math.log10(noises[0] / max(noises[1], 1e-30 * noises[0])) if noises[0] > 0 else 0.0
 
 
-def _noise(mixing: Tensor, x: Tensor, weight: Tensor, bits: int) -> float:
-    """What rounding the mixed values [channels, positions] to so many bits does to the readers, on the range of least error."""
+def _noise(
+    mixing: Tensor, x: Tensor, read: list[Tensor], covariance: Tensor, root: Tensor, bits: tuple[int, int]
+) -> float:
+    """What rounding the mixed values [channels, positions] and the weights that read them does, on grids of least error."""
+    inverse = torch.linalg.inv(mixing)
     z = (mixing @ x).float()
-    error = fake_quantize(z, MSE().activation(histogram(z), Format(bits))) - z
-    return float((weight @ torch.linalg.inv(mixing) @ error.double()).square().sum())
+    error = fake_quantize(z, MSE().activation(histogram(z), Format(bits[1]))) - z
+    noise = float((root @ inverse @ error.double()).square().sum()) / z.shape[1]
+    level = torch.logdet(mixing @ covariance @ mixing.T).div(len(mixing)).exp()
+    form = Format(bits[0], signed=True, axis=0)
+    for w in read:
+        mixed = torch.einsum("oit,ij->ojt", w, inverse).float()
+        error = fake_quantize(mixed, MSE().weight(mixed, form, pairs=False)) - mixed
+        noise += float(error.double().square().sum() * level)
+    return noise
 
 
-def _even(a: Tensor) -> Tensor:
-    return (a + a.T) / 2
-
-
-def _root(a: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(_even(a))
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+def _power(a: Tensor, exponent: float = 0.5) -> Tensor:
+    """A power of a symmetric matrix with positive eigenvalues, its square root by default."""
+    values, vectors = torch.linalg.eigh((a + a.T) / 2)
+    found: Tensor = (vectors * values.clamp(min=torch.finfo(a.dtype).tiny) ** exponent) @ vectors.T
+    return found
 
 
 def _levelled(a: Tensor) -> Tensor:
