@@ -23,7 +23,9 @@ from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
 
 _BLOCK = 64  # columns between two updates of all other columns
-_LEAST_ROWS = 32768  # neighbouring positions say much the same, so it takes several for each that counts
+# Neighbouring positions say much the same, so it takes several for each that counts; of few inputs, as in depthwise layers, less is
+# to be known: so many rows an input do, 8192 at least.
+_LEAST_ROWS, _ENOUGH_ROWS, _ENOUGH = 32768, 8192, 512
 # Second moments of few rows are uncertain, the more the more inputs there are; codes chosen by them are held to the diagonal.
 _LEAST_DAMPING, _SHRINKAGE = 0.01, 0.2
 _SETTLED = 1e-3  # a sweep that moves no larger share of the codes was the last
@@ -34,10 +36,10 @@ Rounding = Literal["free", "adjacent"]
 class Descent:
     """Descent over the integers, the default below eight bits.
 
-    rows: patches gathered for each input of a layer (32768 at least, or all that there are). damping: shares of G's mean
-    diagonal, of which W* takes the one that does best on samples that choose; besides them W* = W, which ignores the input error,
-    and W* = W D, gains of the inputs alone. rounding: ``free`` moves codes anywhere on the grid, ``adjacent`` only to the two
-    neighbours of W* / s. scales: factors on the scale of least squared error to start from. sweeps: passes over the inputs
+    rows: patches gathered for each input of a layer (32768 at least, of few inputs 8192, or all that there are). damping: shares
+    of G's mean diagonal, of which W* takes the one that does best on samples that choose; besides them W* = W, which ignores the
+    input error, and W* = W D, gains of the inputs alone. rounding: ``free`` moves codes anywhere on the grid, ``adjacent`` only to
+    the two neighbours of W* / s. scales: factors on the scale of least squared error to start from. sweeps: passes over the inputs
     between two fits of the scales; rounds: how often the scales are fitted.
     """
 
@@ -57,9 +59,11 @@ class Descent:
         """The layer's weight and bias, on a grid."""
         layer, w = p.layer, p.weight
         parts = blocks(layer, w).flatten(2)  # [groups, outputs, inputs and taps]
-        correction, moments = choose(p, max(_LEAST_ROWS, int(self.rows * parts.shape[2])), self.damping)
+        inputs = parts.shape[2]
+        least = min(_LEAST_ROWS, max(_ENOUGH_ROWS, _ENOUGH * inputs))
+        correction, moments = choose(p, max(least, int(self.rows * inputs)), self.damping)
         best = correction.of(moments, parts)
-        gram = damped(moments.gram, max(_LEAST_DAMPING, _SHRINKAGE * parts.shape[2] / moments.rows))
+        gram = damped(moments.gram, max(_LEAST_DAMPING, _SHRINKAGE * inputs / moments.rows))
         target = unblocks(layer, best.reshape(blocks(layer, w).shape), w.shape)
         power = unblocks(
             layer, gram.diagonal(dim1=1, dim2=2)[:, None].expand_as(best).reshape(blocks(layer, w).shape), w.shape
