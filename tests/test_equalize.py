@@ -1,6 +1,7 @@
 """Laws of equalization: the function stays, legal pairs only, every refusal has its reason; and it helps where it should."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -519,3 +520,28 @@ def test_values_of_known_range_stay(fixed: str) -> None:
     torch.testing.assert_close(after[fixed], before[fixed], rtol=1e-4, atol=1e-4 * float(before[fixed].abs().max()))
     changed = [n for n in names if not torch.allclose(after[n], before[n], rtol=1e-3, atol=1e-3)]
     assert changed  # others are equalized still
+
+
+def test_few_factors_that_are_off_are_found() -> None:
+    """The descent settles: what is slightly off loses noise, what was equalized before has none to lose."""
+
+    def lowered(m: hb.QModel) -> float:
+        text = next(e.message for e in m.log[::-1] if e.message.startswith("expected noise"))
+        return float(text.split("lowered by ")[1].split(" dB")[0])
+
+    torch.manual_seed(0)
+    middle = nn.Conv2d(128, 128, 3, groups=128)
+    net = block(
+        nn.Conv2d(3, 128, 3), nn.ReLU(), middle, nn.ReLU(), nn.Conv2d(128, 128, 1), nn.ReLU(), nn.Conv2d(128, 8, 1)
+    )
+    data = [(torch.randn(16, 3, 12, 12),)]
+    options = {"per_channel": True, "weight_bits": 3}
+    once = hb.equalize(hb.capture(net, data[0]), data, **options)  # type: ignore[arg-type]
+    factors = (0.2 * torch.randn(128)).exp()
+    params = dict(once.params)
+    params["2.weight"] = params["2.weight"] * factors.reshape(-1, 1, 1, 1)
+    params["2.bias"] = params["2.bias"] * factors
+    params["4.weight"] = params["4.weight"] / factors.reshape(1, -1, 1, 1)
+    off = hb.equalize(replace(once, params=params), data, **options)  # type: ignore[arg-type]
+    assert lowered(off) >= 0.5
+    assert lowered(hb.equalize(off, data, **options)) <= 0.1  # type: ignore[arg-type]
