@@ -58,8 +58,8 @@ def rotate(
 
     data: a few batches, for covariances and means; where the next layers do not pad, means go into their biases. weight_bits,
     activation_bits: at which mixed and scaled channels are tried. fixed: names of values that stay as they are, because somebody
-    knows their range. Every value and its gain is logged. Raises :class:`UsageError` for a
-    model that is placed already, and :class:`DataError` where there are no data.
+    knows their range. Every value and its gain is logged. Raises :class:`UsageError` for a model that is placed already, and
+    :class:`DataError` where there are no data.
     """
     if m.plan:
         raise UsageError("rotate changes float weights: call it before place")
