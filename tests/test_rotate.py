@@ -111,6 +111,10 @@ def test_values_and_weights_are_close_to_least_noise(model: hb.QModel) -> None:
     # The geodesic from H to C^-1, a quarter of the way, but for the size of the value.
     expected = levels.pow(-0.25).sort().values
     assert torch.allclose(found / found.mean(), expected / expected.mean(), rtol=0.02)
+    quarter = float(levels.pow(0.25).sum())
+    assert of_value(r) == pytest.approx(float(levels.pow(0.75).sum()) * quarter / 6, rel=0.03)
+    volume = float((torch.linalg.det(h) * levels.pow(-0.25).prod()) ** (1 / 6))
+    assert of_weights(r) == pytest.approx(quarter * volume, rel=0.03)
     value, weights = float(levels.sqrt().sum() ** 2 / 6), 6 * float(torch.linalg.det(h) ** (1 / 6))
     assert value * 0.999 <= of_value(r) <= 1.5 * value and weights * 0.999 <= of_weights(r) <= 1.5 * weights
     bound = float((h.diagonal() * c.diagonal()).sqrt().sum() ** 2 / 6)

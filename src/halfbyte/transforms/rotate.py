@@ -112,19 +112,20 @@ class _Seen:
 @torch.no_grad()
 def _observed(m: QModel, data: Iterable[Inputs], links: list[Link]) -> dict[str, _Seen]:
     """All values that the links write and read, and of what their readers put out the variances."""
-    axes = {value_name(n): input_axis(n) for link in links for n in link.layers}
-    mixed = {value_name(n): axes[value_name(n)] for link in links for n in link.writers}
+    mixed = {value_name(n): input_axis(n) for link in links for n in link.writers}
     mixed |= {value_name(r.args[0]): input_axis(r) for link in links for r, _ in link.readers}  # type: ignore[arg-type]
-    axes |= mixed
+    axes = mixed | {value_name(r): input_axis(r) for link in links for r, _ in link.readers}
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     some: dict[str, list[Tensor]] = {}
 
     def tap(name: str, x: Tensor) -> Tensor:
         if name in axes:
             flat = x.movedim(axes[name], 0).flatten(1).double()
-            square = flat @ flat.T if name in mixed else flat.square().sum(1)
             if name in mixed:
+                square = flat @ flat.T
                 some.setdefault(name, []).append(flat[:, :: max(1, flat.shape[1] // _COLUMNS)].cpu())
+            else:
+                square = flat.square().sum(1)
             total, squares, count = sums.get(name, (0.0, 0.0, 0))
             sums[name] = (total + flat.sum(1), squares + square, count + flat.shape[1])
         return x
