@@ -6,16 +6,19 @@ at once, without labels (the Gauss-Newton matrix in place of trials on the loss,
 sample's positions before it is squared, an error that all positions share counts as it adds up.
 """
 
-from collections.abc import Container, Sequence
+import math
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfbyte.affine import fake_quantize
 from halfbyte.model import Inputs, QModel
-from halfbyte.run import run
+from halfbyte.run import portions, run
 
 _DIRECTIONS = 4
+_JUDGES, _MOST = 64, 16  # samples that judge, and those whose activations and gradients are held at a time
 
 
 def sloped(
@@ -43,13 +46,35 @@ def sloped(
 
 
 def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
-    """Gradients of a random direction of the outputs, each over its spread, with respect to the values.
+    """Gradients of a random direction of the outputs, each over its spread and the root of its size, with respect to the values.
 
+    Squared, what a change of a value makes of them is the noise-to-signal ratio that it causes, on average over the outputs.
     A shift that all scores of a sample [samples, classes] share changes no decision, and does not count.
     """
     total = torch.zeros((), device=outputs[0].device)
     for y in outputs:
         z = torch.randn(y.shape, generator=generator).to(y.device)
         z = z - z.mean(1, keepdim=True) if y.ndim == 2 and y.shape[1] > 1 else z
-        total = total + (y * z).sum() / y.detach().std().clamp(min=1e-12)
+        each = math.sqrt(max(1, y.numel() // max(1, len(y))) * len(outputs))
+        total = total + (y * z).sum() / (each * y.detach().std().clamp(min=1e-12))
     return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
+
+
+def rounding_noise(m: QModel, data: Iterable[Inputs], names: Collection[str], seed: int = 0) -> dict[str, float]:
+    """The noise-to-signal ratio that rounding each of these values alone makes at the outputs, to first order.
+
+    data: a few batches. Left out is a value that no output depends on.
+    """
+    generator, count = torch.Generator().manual_seed(seed), 0
+    sums: dict[str, float] = {}
+    for batch in portions(m, data, _MOST):
+        if count >= _JUDGES:
+            break
+        count += len(batch[0])
+        for name, (x, slopes) in sloped(m, batch, names, generator).items():
+            grid = m.grid(name)
+            assert grid is not None
+            change = fake_quantize(x, grid).sub_(x)
+            each = torch.stack([(change * g).flatten(1).sum(1).double().square().sum() for g in slopes])
+            sums[name] = sums.get(name, 0.0) + float(each.mean())
+    return {name: total / max(count, 1) for name, total in sums.items()}

@@ -9,6 +9,7 @@ from halfbyte.model import value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, Kind, is_tensor, kind
 
 LAYERS = (CONV, CONV_TRANSPOSE, LINEAR)
+RESIDUAL = ":residual"  # what the first part of a value has left, and the layers that read it
 
 
 def editable(graph: fx.Graph) -> fx.Graph:
@@ -61,6 +62,15 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     """The parameter node that a layer uses as weight; None if it is computed."""
     weight = node.args[1]
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def twin_of(layer: fx.Node) -> fx.Node | None:
+    """The layer that has this one's weight and reads what the first part of the input has left; None if the input is whole."""
+    weight = weight_of(layer)
+    if weight is None or value_name(layer).endswith(RESIDUAL):
+        return None
+    others = [n for n in weight.users if n is not layer and value_name(n).endswith(RESIDUAL)]
+    return others[0] if len(others) == 1 else None
 
 
 def weight_name(layer: fx.Node) -> str:

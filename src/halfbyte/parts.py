@@ -9,13 +9,13 @@ from torch import Tensor, fx
 from halfbyte.affine import Grid
 from halfbyte.calibrate import regridded
 from halfbyte.formats import Format
-from halfbyte.graph import bias_of, editable, groups, input_axis, parameter, weight_of
+from halfbyte.graph import RESIDUAL, bias_of, editable, groups, input_axis, parameter, weight_of
 from halfbyte.model import LogEntry, QModel, value_name
 from halfbyte.ops import CONV, LINEAR, Kind, aten
 from halfbyte.targets import activation_format
 
 WIDE = 8  # bits of what the parts put out, and of a value that is read in two parts
-SECOND, RESIDUAL = ":second", ":residual"
+SECOND = ":second"
 
 
 @dataclass

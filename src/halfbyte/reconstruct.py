@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from halfbyte.affine import Grid, fake_quantize, quantize
 from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent
 from halfbyte.errors import DataError, StoreError, UsageError
-from halfbyte.graph import bias_of, layers, macs, weight_of
+from halfbyte.graph import bias_of, layers, macs, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
@@ -72,7 +72,7 @@ def reconstruct(
             return now.logged(LogEntry("reconstruct", value_name(layer), f"left as it is: {reason}"))
         known = store.read(layer, order[layer])
         if known is None:
-            raw = x if solver.unrounded and layer.args[0] in free else None
+            raw = x if solver.unrounded and layer.args[0] in free and twin_of(layer) is None else None
             grid = now.grid(value_name(layer.args[0])) if raw is not None else None  # type: ignore[arg-type]
 
             def held_out(grid: Grid | None) -> Patches:
@@ -151,7 +151,7 @@ def why_not(m: QModel, layer: fx.Node) -> str:
     weight, bias = weight_of(layer), bias_of(layer)
     if weight is None or m.grid(value_name(weight)) is None:
         return "its weight is not quantized"
-    if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):
+    if len(weight.users) > (1 if twin_of(layer) is None else 2) or (bias is not None and len(bias.users) > 1):
         return "its parameters are shared"
     return ""
 

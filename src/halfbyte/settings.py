@@ -11,12 +11,12 @@ from halfbyte.capture import capture
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.export_onnx import Container
 from halfbyte.formats import Bits, parse_widths
-from halfbyte.graph import by_value
+from halfbyte.graph import RESIDUAL, by_value
 from halfbyte.model import QModel
 from halfbyte.opening import open_network
 from halfbyte.output import read_state
 from halfbyte.overrides import Overrides, parse_overrides
-from halfbyte.parts import RESIDUAL, SECOND
+from halfbyte.parts import SECOND
 from halfbyte.place import unplaced
 from halfbyte.ports import InputType
 from halfbyte.preprocess import Preprocess

@@ -215,10 +215,15 @@ def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
     return correct_bias(m, data, ranges=c.ranges)
 
 
-def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.0) -> QModel:
+def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.0, worth: float = 0.0) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("split_tensor", None, "left out: there are no data"))
-    return split_tensor(m, c.few(), share=share, activations=activations)
+    if activations and c.uniform:
+        m = m.logged(
+            LogEntry("split_tensor", None, "every value is read in one part: the same width was asked for everywhere")
+        )
+        activations = 0.0
+    return split_tensor(m, c.few(), share=share, activations=activations, worth=worth)
 
 
 def _reconstruct(

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import DataError
-from halfbyte.graph import layers
+from halfbyte.graph import layers, twin_of
 from halfbyte.model import Inputs, QModel, value_name
 from halfbyte.ops import Kind, kind
 from halfbyte.run import evaluate_plainly, laid_out, last_uses
@@ -81,7 +81,8 @@ def walk(
     does. residual: where an addition alone reads a layer, the layer should also make up for what the addition's other operand
     is off; else it should put out what it does in float. unrounded: what a layer alone reads (:func:`read_alone`) is handed
     over before its own grid rounds it, so that ``visit`` may choose the grid. budget: bytes of running values to hold in
-    memory. Parameters that ``visit`` puts in ``tuned`` count from its layer on. Returns what the last visit returned. Raises
+    memory. A layer whose input is read in two parts is handed their sum. Parameters that ``visit`` puts in ``tuned`` count from
+    its layer on. Returns what the last visit returned. Raises
     :class:`DataError` if there are no data.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +107,7 @@ def walk(
                         y + r[other] - q[other]
                         for y, r, q in zip(outputs, reference.values, stream.values, strict=True)
                     ]
-                m = visit(m, layer, [env[layer.args[0]] for env in seen.values], wanted)  # type: ignore[index]
+                m = visit(m, layer, _read(layer, seen), wanted)
                 del wanted
             remembered: dict[str, Tensor] = {}
             for i, batch in enumerate(batches):
@@ -116,6 +117,14 @@ def walk(
             if layer is not None and progress is not None:
                 progress(done, len(segments) - 1, value_name(layer))
     return m
+
+
+def _read(layer: fx.Node, seen: "_Stream") -> Frontier:
+    """What a layer is given: its input, or the sum of the parts of it."""
+    twin = twin_of(layer)
+    if twin is None:
+        return [env[layer.args[0]] for env in seen.values]  # type: ignore[index]
+    return [env[layer.args[0]] + env[twin.args[0]] for env in seen.values]  # type: ignore[index]
 
 
 def read_alone(m: QModel) -> frozenset[fx.Node]:
@@ -135,6 +144,9 @@ def read_alone(m: QModel) -> frozenset[fx.Node]:
 
 def _other_operand(layer: fx.Node, stream: "_Stream") -> fx.Node | None:
     """What an addition that alone reads the layer adds to it, if that is of the same shape and has been computed already."""
+    twin = twin_of(layer)
+    if twin is not None:  # the sum of both is what the layer puts out
+        (layer,) = twin.users
     if len(layer.users) != 1:
         return None
     (reader,) = layer.users

@@ -27,9 +27,11 @@ from halfbyte.affine import Grid, fake_quantize
 from halfbyte.calibrate import BIAS_LIMIT, observe, regridded
 from halfbyte.correct import InputMoments, correct_expected
 from halfbyte.dual import dual, dual_ranges
+from halfbyte.effects import rounding_noise
 from halfbyte.errors import UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import (
+    RESIDUAL,
     bias_of,
     blocks,
     by_value,
@@ -45,19 +47,23 @@ from halfbyte.graph import (
 from halfbyte.grids import MSE
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, REQUANTIZE, aten
-from halfbyte.parts import RESIDUAL, SECOND, WIDE, Edit, add_second, add_twin, inputs_each, readers
+from halfbyte.parts import SECOND, WIDE, Edit, add_second, add_twin, inputs_each, is_gather, readers
 from halfbyte.run import run, simulate
 from halfbyte.stats import Histogram, histogram
 
 
-def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activations: float = 0.0) -> QModel:
+def split_tensor(
+    m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activations: float = 0.0, worth: float = 0.0
+) -> QModel:
     """Give the worst kernels a second weight tensor, and the layers of the worst running values a second input.
 
     After ``calibrate``, before ``reconstruct``. data: a few unlabelled batches, for the ranges of what the parts put out. share:
     what second kernels may cost, as a fraction of the bytes and of the multiply-accumulates of all layers; kernels (output
     channels) of fewer than 8 bits get one in the order of their relative error ``||W - W^||^2 / ||W||^2``, each weight counted
     by the power of the input that it meets. activations: what second inputs may cost, as a fraction of multiply-accumulates;
-    the most badly rounded values first. What was split before counts, so that a second call changes nothing. Raises
+    the values first whose rounding makes the most noise at the outputs for each operation that a second part costs. worth: the
+    least noise-to-signal ratio over the share of the operations for which a value is split at all. What was split before counts,
+    so that a second call changes nothing. Raises
     :class:`UsageError` for a model without grids, with weights that were chosen already, or fractions outside 0 to 1.
     """
     for what, value in (("share", share), ("activations", activations)):
@@ -67,6 +73,8 @@ def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activ
         raise UsageError("there is no grid to add a second tensor to yet: call place and calibrate before split_tensor")
     if {str(w.target) for n in layers(m.graph) if (w := weight_of(n)) is not None} & m.tuned.keys():
         raise UsageError("weights have been chosen already: call split_tensor before reconstruct, not after it")
+    if not share and not (activations and any(m.plan[n].bits < WIDE for n in _running(m))):  # type: ignore[union-attr]
+        return m
     batches = [tuple(b) for b in data]
     seen = observe(m, batches)
     split = _kernels_split(m, seen.inputs, share)
@@ -74,7 +82,12 @@ def split_tensor(m: QModel, data: Iterable[Inputs], *, share: float = 0.1, activ
         m.params
     ):  # biases alone: what was taken into them was the error of one tensor
         split = correct_expected(split, seen.inputs)
-    return _measured(_values_split(split, seen.histograms, activations), batches)
+    return _measured(_values_split(split, batches, seen.histograms, activations, worth), batches)
+
+
+def _running(m: QModel) -> list[str]:
+    """Values that are codes and no parameters."""
+    return [n for n, node in by_value(m.graph).items() if node.op != "get_attr" and m.plan.get(n) is not None]
 
 
 @dataclass(frozen=True)
@@ -242,26 +255,29 @@ def _floor(m: QModel, layer: fx.Node) -> Tensor:
     return m.parameters[str(bias.target)].abs().float() / (BIAS_LIMIT * read.scale)
 
 
-def _values_split(m: QModel, histograms: Mapping[str, Histogram], share: float) -> QModel:
-    """Second inputs for the layers that read the most badly rounded values, until the budget is spent."""
+def _values_split(
+    m: QModel, data: list[Inputs], histograms: Mapping[str, Histogram], share: float, worth: float
+) -> QModel:
+    """Second inputs for the layers that read the values whose rounding disturbs the outputs most, until the budget is spent."""
+    if not share:
+        return m
     edit = Edit(m)
     known = by_value(edit.graph)
-    ranked = []
-    for name, h in histograms.items():
-        node, form, grid = known[name], edit.plan[name], edit.grids.get(name)
-        if form is None or grid is None or form.bits >= WIDE or not _only_layers_read(edit, node):
-            continue
-        ranked.append((_relative(h, grid), node, h))
+    able = {}
+    for name in histograms:
+        form, node = edit.plan[name], _read_by_layers(edit, known[name])
+        if form is not None and form.bits < WIDE and name in edit.grids and node is not None:
+            able[name] = node
     total, spent = _accounts(m)[0][1], _residual_work(m)
+    work = {name: float(sum(macs(n) for n in readers(node))) for name, node in able.items()}
+    noise = {n: e for n, e in rounding_noise(m, data, able).items() if e * total >= worth * work[n]}
     count = 0
-    for error, node, h in sorted(ranked, key=lambda r: -r[0]):
-        work = float(sum(macs(n) for n in readers(node)))
-        if spent + work <= share * total:
-            spent, count = spent + work, count + 1
-            _split_value(edit, node, h, error, work)
-    if share:
-        text = f"{count} values are read in two parts: {100 * spent / max(total, 1):.1f} % more operations"
-        edit.log.append(LogEntry("split_tensor", None, text, {"values": count, "macs": spent}))
+    for name in sorted(noise, key=lambda n: -noise[n] / max(work[n], 1.0)):
+        if spent + work[name] <= share * total:
+            spent, count = spent + work[name], count + 1
+            _split_value(edit, able[name], histograms[name], noise[name], work[name])
+    text = f"{count} values are read in two parts: {100 * spent / max(total, 1):.1f} % more operations"
+    edit.log.append(LogEntry("split_tensor", None, text, {"values": count, "macs": spent}))
     return edit.done()
 
 
@@ -280,42 +296,57 @@ def _residual_work(m: QModel) -> float:
     return float(sum(macs(n) for n in layers(m.graph) if value_name(n).endswith(RESIDUAL)))
 
 
-def _only_layers_read(edit: Edit, node: fx.Node) -> bool:
-    """All readers are layers on codes, and none of them reads a second input yet."""
-    every, name = set(layers(edit.graph)), value_name(node)
-    if name in edit.ties or name.endswith(RESIDUAL) or any(value_name(u).endswith(RESIDUAL) for u in node.users):
-        return False
+def _read_by_layers(edit: Edit, root: fx.Node) -> fx.Node | None:
+    """Where layers on codes, and nothing else, read what this value holds, behind what only moves its codes; none of them twice."""
+    every, name, node = set(layers(edit.graph)), value_name(root), root
+    if name in edit.ties or name.endswith(RESIDUAL):
+        return None
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user in every or is_gather(user) or "value" not in user.meta or edit.ties.get(value_name(user)) != name:
+            break
+        node = user
 
     def reads(n: fx.Node) -> bool:
         planned = n in every and n.target in (CONV, LINEAR)
         return planned and edit.plan.get(value_name(weight_of(n))) is not None  # type: ignore[arg-type]
 
-    return bool(node.users) and all(reads(n) for n in readers(node))
+    whole = any("value" in u.meta and value_name(u).endswith(RESIDUAL) for u in node.users)
+    return node if node.users and not whole and all(reads(n) for n in readers(node)) else None
 
 
-def _split_value(edit: Edit, node: fx.Node, h: Histogram, error: float, work: float) -> None:
+def _split_value(edit: Edit, node: fx.Node, h: Histogram, noise: float, work: float) -> None:
     """``Q_1(x)`` and ``Q_2(x - Q_1(x))`` for the layers that read x; x itself becomes wide."""
-    name, form = value_name(node), edit.plan[value_name(node)]
+    root = edit.ties.get(value_name(node), value_name(node))
+    name, form, grid = root, edit.plan[root], edit.grids[root]
     assert form is not None
     if node.target is REQUANTIZE:
         wide, first = node.args[0], node
     else:
-        wide, first = node, edit.after(node, REQUANTIZE, (node,), f"{name}:quantized")
+        between = {
+            value_name(n) for n in edit.graph.nodes if "value" in n.meta and edit.ties.get(value_name(n)) == root
+        }
+        between -= {value_name(n) for n in node.users if "value" in n.meta}
+        wide, first = node, edit.after(node, REQUANTIZE, (node,), f"{value_name(node)}:quantized")
         replace_uses(node, first)
-        edit.plan[name] = replace(form, bits=WIDE)
-        edit.wide[name] = MSE().activation(h, edit.plan[name])  # type: ignore[arg-type]
-        for tied in [t for t, root in edit.ties.items() if root == name]:
+        edit.plan[root] = replace(form, bits=WIDE)
+        edit.wide[root] = MSE().activation(h, edit.plan[root])  # type: ignore[arg-type]
+        for tied in [t for t, r in edit.ties.items() if r == root and t not in between]:
             edit.ties[tied] = value_name(first)
+        for tied in between:
+            edit.plan[tied] = edit.plan[root]
     users = list(first.users)
     left = edit.after(first, aten.sub.Tensor, (wide, first), f"{value_name(first)}{RESIDUAL}")
     grids = dual_ranges(h, form)
-    for value, grid in zip((first, left), grids, strict=True):
-        edit.plan[value_name(value)], edit.grids[value_name(value)] = form, grid
+    for value, part in zip((first, left), grids, strict=True):
+        edit.plan[value_name(value)], edit.grids[value_name(value)] = form, part
     for user in users:
         add_twin(edit, user, left)
-    after = _relative(h, *grids)
-    text = f"is read in two parts: relative error {error:.3g} before, {after:.3g} after; {work:.0f} operations more"
-    edit.log.append(LogEntry("split_tensor", name, text, {"before": error, "after": after, "macs": work}))
+    before, after = _relative(h, grid), _relative(h, *grids)
+    text = f"is read in two parts: in one it made a noise of {noise:.3g} of the signal at the outputs; its relative error is "
+    text += f"{before:.3g} before, {after:.3g} after; {work:.0f} operations more"
+    figures = {"noise": noise, "before": before, "after": after, "macs": work}
+    edit.log.append(LogEntry("split_tensor", name, text, figures))
 
 
 @torch.inference_mode()
