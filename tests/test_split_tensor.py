@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 import halfbyte as hb
 from halfbyte import engine, recipe
 from halfbyte.affine import fake_quantize
-from halfbyte.graph import by_value, layers, macs, weight_of
+from halfbyte.graph import RESIDUAL, by_value, layers, macs, twin_of, weight_of
 from halfbyte.integer import run_integer
+from halfbyte.local import Problem, Solution
 from halfbyte.losses import noise_to_signal as error
 from halfbyte.lower import lower
 from halfbyte.model import value_name
+from halfbyte.place import unplaced
 from halfbyte.targets import find
 
 
@@ -257,6 +260,123 @@ def test_reconstruction_goes_on_from_a_split_model(base: hb.QModel) -> None:
     solved = hb.reconstruct(split, [(data(),)], hb.Descent())
     assert "plain.weight" in solved.tuned
     assert noise(solved) < noise(base)
+
+
+class Pooled(nn.Module):
+    """A value whose codes only move before a layer reads them, and a sum behind a layer that is read in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.first(x)), 2)
+        y = torch.relu(self.a(x))
+        y = y + self.c(torch.relu(self.b(y)))
+        return self.last(torch.relu(y))
+
+
+def pooled() -> tuple[hb.QModel, hb.QModel]:
+    m = calibrated(net=Pooled())
+    return m, hb.split_tensor(m, [(data(),)], share=0.0, activations=1.0)
+
+
+def test_codes_that_only_move_are_wide_up_to_the_layer(tmp_path: Path) -> None:
+    _, split = pooled()
+    assert split.plan["relu"].bits == 8  # type: ignore[union-attr]
+    (moved,) = (n for n, root in split.ties.items() if root == "relu")
+    parts = [split.plan[f"{moved}:quantized{suffix}"] for suffix in ("", RESIDUAL)]
+    assert [p.bits for p in parts if p] == [4, 4]
+    parity = hb.export_onnx(split, tmp_path / "net.onnx")
+    assert parity.proven
+    seen = simulated(split, data(4))
+    both = seen[f"{moved}:quantized"] + seen[f"{moved}:quantized{RESIDUAL}"]
+    step = split.grids[f"{moved}:quantized"].scale
+    assert float((both - seen[moved]).abs().max()) < float(step) / 8
+
+
+def test_without_the_second_parts_all_is_as_before() -> None:
+    m, split = pooled()
+    whole, back = unplaced(m), unplaced(split)
+    assert [(n.target, n.meta.get("value")) for n in back.graph.nodes] == [
+        (n.target, n.meta.get("value")) for n in whole.graph.nodes
+    ]
+    assert back.params.keys() == whole.params.keys()
+
+
+def test_layers_are_solved_on_the_sum_of_both_parts() -> None:
+    """With weights of 4 bits the sum of both parts is nearly the float input, and the solution nearly that on float inputs."""
+    _, split = pooled()
+    twins = {value_name(n): t for n in layers(split.graph) if (t := twin_of(n)) is not None}
+    assert "a:main" in twins
+    seen: dict[str, Tensor] = {}
+
+    class Watching(hb.Descent):
+        def solve(self, p: Problem) -> Solution:
+            seen[value_name(p.layer)] = torch.cat([*p.inputs])
+            return super().solve(p)
+
+    solved = hb.reconstruct(split, [(data(),)], Watching())
+    before = simulated(solved, data()[: len(seen["a:main"])])
+    for name, twin in twins.items():
+        node = by_value(split.graph)[name]
+        parts = [before[value_name(n.args[0])] for n in (node, twin)]  # type: ignore[arg-type]
+        assert torch.allclose(seen[name], parts[0] + parts[1], atol=1e-6)
+        assert any(e.value == name and e.figures.get("kept") is not None for e in solved.log)
+    left = {e.value for e in solved.log if e.stage == "reconstruct" and "left as it is" in e.message and not e.figures}
+    assert left == {value_name(t) for t in twins.values()}
+    assert noise(solved) < noise(split)
+
+
+def test_a_sum_behind_a_split_layer_is_made_up_for() -> None:
+    """A layer that adds to a running sum also corrects what the other operand is off, in two parts as in one."""
+    _, split = pooled()
+    wanted: dict[str, Tensor] = {}
+
+    class Watching(hb.Descent):
+        def solve(self, p: Problem) -> Solution:
+            wanted[value_name(p.layer)] = torch.cat([*p.targets])
+            return super().solve(p)
+
+    solved = hb.reconstruct(split, [(data(),)], Watching())
+    x = data()[: len(wanted["c:main"])]
+    exact = {}
+    hb.run(split.as_float(), (x,), lambda n, t: exact.setdefault(n, t))
+    rounded = simulated(solved, x)
+    other = next(n for n in by_value(split.graph)["add"].all_input_nodes if value_name(n) != "c")
+    expected = exact["c"] + exact[value_name(other)] - rounded[value_name(other)]
+    assert torch.allclose(wanted["c:main"], expected, atol=1e-5)
+
+
+def test_the_noisiest_value_for_its_operations_comes_first() -> None:
+    m = calibrated(net=Pooled())
+    every = hb.split_tensor(m, [(data(),)], share=0.0, activations=1.0)
+    entries = [e for e in every.log if e.stage == "split_tensor" and e.value and "noise" in e.figures]
+    rates = [e.figures["noise"] / e.figures["macs"] for e in entries]
+    assert len(rates) >= 3
+    assert rates == sorted(rates, reverse=True)
+    worth = rates[0] * sum(macs(n) for n in layers(m.graph)) * 0.99
+    one = hb.split_tensor(m, [(data(),)], share=0.0, activations=1.0, worth=worth)
+    assert [e.value for e in one.log if e.stage == "split_tensor" and e.value] == [entries[0].value]
+    for e in entries:  # the first-order figure against rounding that value alone
+        grids = {n: g for n, g in m.grids.items() if m.ties.get(n, n) == e.value}
+        alone = noise(replace(m, grids=grids, tuned={}))
+        assert 0.4 < e.figures["noise"] / alone < 2.5, (e.value, e.figures["noise"], alone)
+
+
+def test_the_low_bit_recipe_splits_values_of_few_bits_only() -> None:
+    torch.manual_seed(4)
+    m = hb.capture(Pooled().eval(), data(2))
+
+    def split(**options: Any) -> list[str]:
+        steps = recipe.load_recipe("low-bit").changed("split_tensor", activations=0.8)
+        q = hb.quantize(m, [data()], recipe=steps, weight_bits=4, **options)
+        return [n for n in q.grids if n.endswith(RESIDUAL)]
+
+    assert split(activation_bits=4)
+    assert not split(activation_bits=8)
+    assert not split(activation_bits=4, uniform=True)
 
 
 def test_the_recipe_splits_and_keeps_what_helps(tmp_path: Path) -> None:

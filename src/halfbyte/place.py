@@ -14,8 +14,10 @@ from torch import fx
 from halfbyte.errors import PlacementError
 from halfbyte.formats import Format
 from halfbyte.graph import (
+    RESIDUAL,
     activation_inputs,
     channel_axis,
+    drop_dead,
     editable,
     groups,
     has_computed_bias,
@@ -159,12 +161,20 @@ def _in_accumulators(graph: fx.Graph, plan: dict[str, Format | None], marks: _Ma
 
 
 def unplaced(m: QModel) -> QModel:
-    """The float network under a placed one, free of the copies that :func:`place` inserts for integer kernels."""
+    """The float network under a placed one: without the copies for integer kernels, and with every value in one part."""
     graph = editable(m.graph)
+    for twin in [n for n in layers(graph) if value_name(n).endswith(RESIDUAL)]:  # zero where nothing is rounded
+        (total,) = twin.users
+        main = next(n for n in total.all_input_nodes if n is not twin)
+        main.meta["value"] = value_name(total)
+        replace_uses(total, main)
+        graph.erase_node(total)
+    drop_dead(graph)
     for node in [n for n in graph.nodes if n.target is REQUANTIZE]:
         replace_uses(node, tensor_inputs(node)[0])
         graph.erase_node(node)
-    return replace(m.as_float(), graph=graph)
+    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    return replace(m.as_float(), graph=graph, params={k: t for k, t in m.params.items() if k in read})
 
 
 def _ends(every: list[fx.Node]) -> list[fx.Node]:

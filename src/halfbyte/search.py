@@ -289,9 +289,13 @@ class _Hunt:
         assert m.target is not None  # it was placed
         widths = {k: self.options[k] for k in ("weight_bits", "activation_bits")}
         uniform = self.options.get("uniform", False)
-        plan = place(unplaced(m), m.target, **widths, uniform=uniform, overrides={**self.overrides, **added}).plan
+        whole = unplaced(m)
+        before, plan = (
+            place(whole, m.target, **widths, uniform=uniform, overrides=o).plan
+            for o in (self.overrides, {**self.overrides, **added})
+        )
         return {
-            root for root in quantizers(m) if m.plan.get(root) != plan.get(root) and f"{root}:quantized" not in plan
+            root for root in quantizers(m) if before.get(root) != plan.get(root) and f"{root}:quantized" not in plan
         }
 
     def attempt(self, name: str, recipe: Recipe, overrides: Overrides) -> Attempt:

@@ -11,7 +11,7 @@ from halfbyte.capture import capture
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.export_onnx import Container
 from halfbyte.formats import Bits, parse_widths
-from halfbyte.graph import RESIDUAL, by_value
+from halfbyte.graph import by_value
 from halfbyte.model import QModel
 from halfbyte.opening import open_network
 from halfbyte.output import read_state
@@ -132,7 +132,7 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
             raise UsageError(f"'{network}' holds the weights of its network: leave out --checkpoint")
         earlier_settings(Path(network))  # raises for other folders
         m = load(Path(network) / CHECKPOINT)
-        if any(SECOND in name or RESIDUAL in name for name in by_value(m.graph)):
+        if any(SECOND in name for name in by_value(m.graph)):
             raise UsageError(
                 f"layers of '{network}' were split into several tensors: quantize the network itself again"
             )

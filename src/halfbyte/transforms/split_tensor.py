@@ -48,7 +48,7 @@ from halfbyte.grids import MSE
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, LINEAR, REQUANTIZE, aten
 from halfbyte.parts import SECOND, WIDE, Edit, add_second, add_twin, inputs_each, is_gather, readers
-from halfbyte.run import run, simulate
+from halfbyte.run import portions, run, simulate
 from halfbyte.stats import Histogram, histogram
 
 
@@ -364,6 +364,6 @@ def _measured(m: QModel, data: list[Inputs]) -> QModel:
         return quantize(name, x)
 
     if wanted:
-        for batch in data:
+        for batch in portions(m, data):
             run(m, batch, tap)
     return regridded(m, {n: MSE().activation(h, m.plan[n]) for n, h in found.items()})  # type: ignore[arg-type]
