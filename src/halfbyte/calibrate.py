@@ -22,13 +22,14 @@ from halfbyte.graph import (
     output_values,
     per_input,
     tensors,
+    twin_of,
     unblocks,
     weight_of,
 )
 from halfbyte.grids import MSE, GridRule, MinMax, cross_entropy, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
-from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds, is_tensor
+from halfbyte.ops import CLAMP_CHANNELS, CONV_TRANSPOSE, LINEAR, clamp_bounds, is_tensor
 from halfbyte.run import portions, run
 from halfbyte.stats import SAMPLED, Histogram, expected_histogram, histogram
 
@@ -362,6 +363,37 @@ def bias_floor(m: QModel, layer: fx.Node, grid: Grid) -> Tensor | None:
     if bias is None or read is None or grid.group is not None:
         return None
     return least_scale(m.parameters[str(bias.target)], read, grid.axis)
+
+
+def bias_step(m: QModel, layer: fx.Node, grid: Grid) -> Tensor | None:
+    """What integer kernels hold a layer's bias in multiples of: input scale times that of the weight on ``grid``; None if real."""
+    bias, x = bias_of(layer), layer.args[0]
+    read = m.grid(value_name(x)) if isinstance(x, fx.Node) else None
+    tokens = layer.target is LINEAR and len(layer.meta["shape"]) != 2
+    if bias is None or read is None or grid.group is not None or layer.target is CONV_TRANSPOSE or tokens:
+        return None
+    return (read.scale * grid.scale).double()
+
+
+def whole_biases(m: QModel, some: Iterable[fx.Node]) -> QModel:
+    """The model with the biases of these layers as integer kernels hold them; shared ones stay.
+
+    Of few bits the steps are coarse, and what a bias loses all positions share, so the layers behind should see it. The second
+    part of an input has finer steps: its layer takes up what the first one's bias has lost.
+    """
+    tuned, parameters = dict(m.tuned), m.parameters
+    for layer in some:
+        weight, bias, twin = weight_of(layer), bias_of(layer), twin_of(layer)
+        grid = None if weight is None else m.grid(value_name(weight))
+        if bias is None or len(bias.users) > 1 or grid is None or (step := bias_step(m, layer, grid)) is None:
+            continue
+        exact = parameters[str(bias.target)]
+        whole = tuned[str(bias.target)] = (torch.round(exact.double() / step) * step).to(exact)
+        other = None if twin is None else bias_of(twin)
+        finer = None if twin is None else bias_step(m, twin, grid)
+        if other is not None and finer is not None:
+            tuned[str(other.target)] = (torch.round((exact - whole).double() / finer) * finer).to(exact)
+    return replace(m, tuned=tuned)
 
 
 def _dead_channels(m: QModel) -> list[LogEntry]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize, quantize
-from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent
+from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent, whole_biases
 from halfbyte.errors import DataError, StoreError, UsageError
 from halfbyte.graph import bias_of, layers, macs, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
@@ -89,7 +89,7 @@ def reconstruct(
             clock.announce(layer, time.monotonic() - start)
             store.write(layer, order[layer], known)
         progress("reconstruct", order[layer] + 1, len(order))
-        return known.applied(now, layer)
+        return whole_biases(known.applied(now, layer), [layer])
 
     free = read_alone(m) if solver.unrounded and activations else frozenset()
     running = m if activations else replace(m, grids={k: g for k, g in m.grids.items() if k in _parameters(m)})

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, expand, fake_quantize, quantize, round_even
-from halfbyte.calibrate import bias_floor, regridded
+from halfbyte.calibrate import bias_floor, bias_step, regridded, whole_biases
 from halfbyte.formats import Format
-from halfbyte.graph import bias_of, input_axis, is_real, layers, weight_of
+from halfbyte.graph import bias_of, input_axis, is_real, layers, twin_of, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.reconstruct import why_not
 from halfbyte.run import evaluate_plainly, fitting, last_uses
@@ -141,6 +141,7 @@ class Part(Rounding):
         self.weights = self._weights() if self.learn & {"scales", "codes"} else {}
         self.scales = self._scales() if "scales" in self.learn else {}  # by value: log of the factor
         self.biases: dict[str, tuple[Tensor, Tensor]] = {}  # by parameter: shift in units, unit
+        self.with_bias = {str(b.target): n for n in self.layers if (b := bias_of(n)) is not None}
         self.leaves: dict[str, tuple[Tensor, Tensor]] = {}  # in training: a weight, and what takes its gradients
 
     def _weights(self) -> dict[str, _Weight]:
@@ -179,8 +180,23 @@ class Part(Rounding):
             return self.leaves[name][1]
         if name in self.biases:
             shift, unit = self.biases[name]
-            return self.m.parameters[name] + shift * unit
+            real = self.m.parameters[name] + shift * unit
+            step = self._bias_step(name)
+            return real if step is None else real + (torch.round(real.detach() / step) * step - real.detach())
         return super().parameter(node)
+
+    @torch.no_grad()
+    def _bias_step(self, name: str) -> Tensor | None:
+        """What a bias is held in multiples of, as the scales are by now."""
+        layer = self.with_bias[name]
+        weight, read = weight_of(layer), value_name(layer.args[0])  # type: ignore[arg-type]
+        grid = None if weight is None else self.m.grid(value_name(weight))
+        step = None if grid is None else bias_step(self.m, layer, grid)
+        if step is None or weight is None or twin_of(layer) is not None:  # what the twin takes up is hardly rounded
+            return None
+        own, root = self.weights.get(str(weight.target)), self.m.ties.get(read, read)
+        step = step if own is None else step * own.factor.exp()
+        return (step if root not in self.scales else step * self.scales[root].exp()).float()
 
     def value(self, node: fx.Node, x: Tensor) -> Tensor:
         """A running value, rounded; some of it at random not."""
@@ -274,7 +290,7 @@ class Part(Rounding):
             new = new if floor is None else replace(new, scale=torch.maximum(new.scale, floor))
             tuned[name] = fake_quantize(_real(state[f"codes {name}"], new, new.scale), new)
             grids[value_name(w.layer.args[1])] = new  # type: ignore[arg-type]
-        return replace(m, tuned=tuned, grids=grids)
+        return whole_biases(replace(m, tuned=tuned, grids=grids), self.layers)
 
 
 def _real(codes: Tensor, grid: Grid, scale: Tensor) -> Tensor:

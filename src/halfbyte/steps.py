@@ -218,6 +218,8 @@ def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
 def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.0, worth: float = 0.0) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("split_tensor", None, "left out: there are no data"))
+    if not share and c.widths is not None and c.widths.several:
+        return m.logged(LogEntry("split_tensor", None, "left out: widths were chosen instead, and weights for them"))
     if activations and c.uniform:
         m = m.logged(
             LogEntry("split_tensor", None, "every value is read in one part: the same width was asked for everywhere")
