@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte import engine, recipe
-from halfbyte.affine import fake_quantize
-from halfbyte.graph import RESIDUAL, by_value, layers, macs, twin_of, weight_of
+from halfbyte.affine import fake_quantize, quantize
+from halfbyte.calibrate import bias_step, whole_biases
+from halfbyte.graph import RESIDUAL, bias_of, by_value, layers, macs, twin_of, weight_of
 from halfbyte.integer import run_integer
 from halfbyte.local import Problem, Solution
 from halfbyte.losses import noise_to_signal as error
@@ -347,6 +348,41 @@ def test_a_sum_behind_a_split_layer_is_made_up_for() -> None:
     other = next(n for n in by_value(split.graph)["add"].all_input_nodes if value_name(n) != "c")
     expected = exact["c"] + exact[value_name(other)] - rounded[value_name(other)]
     assert torch.allclose(wanted["c:main"], expected, atol=1e-5)
+
+
+def test_a_second_part_takes_up_what_the_bias_of_the_first_has_lost() -> None:
+    _, split = pooled()
+    whole = whole_biases(split, layers(split.graph))
+    for layer in layers(split.graph):
+        twin = twin_of(layer)
+        if twin is None:
+            continue
+        weight, biases = split.grids[value_name(weight_of(layer))], [str(bias_of(n).target) for n in (layer, twin)]  # type: ignore[arg-type, union-attr]
+        coarse, fine = (bias_step(split, n, weight) for n in (layer, twin))
+        assert coarse is not None and fine is not None
+        exact, main, rest = (split.parameters[biases[0]], *(whole.parameters[b].double() for b in biases))
+        assert not split.parameters[biases[1]].any()
+        assert bool(((main - exact).abs() <= 0.501 * coarse).all())
+        assert bool(((main + rest - exact).abs() <= 0.501 * fine).all())
+        for bias, step in ((main, coarse), (rest, fine)):
+            assert torch.allclose(bias / step, (bias / step).round(), atol=1e-3)
+        assert float((main + rest - exact).norm()) < 0.2 * float((main - exact).norm())
+
+
+def test_reconstructed_layers_put_out_what_the_integers_will() -> None:
+    """Simulation and integers differ where a float sum falls on the other side of a tie, and nowhere else."""
+    _, split = pooled()
+    solved = hb.reconstruct(split, [(data(),)], hb.Descent())
+    seen: dict[str, Tensor] = {}
+    x = data(16)
+    run_integer(lower(solved), (x,), lambda n, t: seen.setdefault(n, t))
+    shares = []
+    for name, value in simulated(solved, x).items():
+        grid = solved.grid(name)
+        if grid is not None and name in seen and by_value(solved.graph)[name].op != "get_attr":
+            shares.append(float((quantize(value, grid) != seen[name]).float().mean()))
+    assert len(shares) > 10
+    assert max(shares) < 2e-3, shares
 
 
 def test_the_noisiest_value_for_its_operations_comes_first() -> None:

@@ -12,6 +12,7 @@ from halfbyte.affine import Grid
 from halfbyte.correct import ChannelMoments, InputMoments, channel_moments, correct_expected, expected_inputs
 from halfbyte.errors import DataError, PlacementError, UsageError
 from halfbyte.graph import (
+    RESIDUAL,
     bias_of,
     blocks,
     by_value,
@@ -383,6 +384,8 @@ def whole_biases(m: QModel, some: Iterable[fx.Node]) -> QModel:
     """
     tuned, parameters = dict(m.tuned), m.parameters
     for layer in some:
+        if value_name(layer).endswith(RESIDUAL):
+            continue
         weight, bias, twin = weight_of(layer), bias_of(layer), twin_of(layer)
         grid = None if weight is None else m.grid(value_name(weight))
         if bias is None or len(bias.users) > 1 or grid is None or (step := bias_step(m, layer, grid)) is None:
