@@ -59,7 +59,9 @@ class Exported(Shown):
 
     def __str__(self) -> str:
         changed = [e for e in self.summary["log"] if e["stage"] == "override"]
-        return "\n".join([*(f"override: {e['value'] or 'none'}: {e['message']}" for e in changed), *self._lines()])
+        split = [e for e in self.summary["log"] if e["stage"] == "split_tensor" and e["figures"].get("values")]
+        first = [f"override: {e['value'] or 'none'}: {e['message']}" for e in changed] + [e["message"] for e in split]
+        return "\n".join([*first, *self._lines()])
 
     def _lines(self) -> list[str]:
         s = self.summary
