@@ -220,11 +220,9 @@ def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.
         return m.logged(LogEntry("split_tensor", None, "left out: there are no data"))
     if not share and c.widths is not None and c.widths.several:
         return m.logged(LogEntry("split_tensor", None, "left out: widths were chosen instead, and weights for them"))
-    if activations and c.uniform:
-        m = m.logged(
-            LogEntry("split_tensor", None, "every value is read in one part: the same width was asked for everywhere")
-        )
-        activations = 0.0
+    if activations and c.uniform and c.activation_bits < WIDE:
+        text = "every value is read in one part: the same width was asked for everywhere"
+        m, activations = m.logged(LogEntry("split_tensor", None, text)), 0.0
     return split_tensor(m, c.few(), share=share, activations=activations, worth=worth)
 
 
