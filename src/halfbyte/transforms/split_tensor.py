@@ -276,7 +276,8 @@ def _values_split(
         if spent + work[name] <= share * total:
             spent, count = spent + work[name], count + 1
             _split_value(edit, able[name], histograms[name], noise[name], work[name])
-    text = f"{count} values are read in two parts: {100 * spent / max(total, 1):.1f} % more operations"
+    what = "value is" if count == 1 else "values are"
+    text = f"{count} {what} read in two parts: {100 * spent / max(total, 1):.1f} % more operations"
     edit.log.append(LogEntry("split_tensor", None, text, {"values": count, "macs": spent}))
     return edit.done()
 
