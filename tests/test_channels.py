@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from halfbyte import channels
+from halfbyte import channels, effects
 from halfbyte.channels import Seen, clipped, measured
 from halfbyte.run import run, simulate
 from halfbyte.targets import GENERIC
@@ -59,7 +59,7 @@ def test_moments_are_those_of_the_samples() -> None:
 
 
 def test_a_long_tail_is_cut_off_where_that_disturbs_the_outputs_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "_JUDGES", 2048)
+    monkeypatch.setattr(effects, "_JUDGES", 2048)
     m, name = captured()
     seen = ends(m, name, data())
     assert float(seen.high[0]) < 0.7 * float(data()[0][0][:, 0].max())
@@ -68,7 +68,7 @@ def test_a_long_tail_is_cut_off_where_that_disturbs_the_outputs_less(monkeypatch
 
 def test_chosen_ends_are_those_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The network behind the value is linear: what first order says is all there is."""
-    monkeypatch.setattr(channels, "_JUDGES", 2048)
+    monkeypatch.setattr(effects, "_JUDGES", 2048)
     m, name = captured()
     (x,) = data()[0]
     wanted = run(m, (x,))[0]
@@ -92,7 +92,7 @@ def test_no_channel_is_taken_for_much_smaller_than_all_others() -> None:
 
 def test_few_bits_use_the_grid_for_what_is_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equalized by these ends, the channel with the tail disturbs the outputs less than equalized by its largest value."""
-    monkeypatch.setattr(channels, "_JUDGES", 2048)
+    monkeypatch.setattr(effects, "_JUDGES", 2048)
     net, (x,) = Open().eval(), data()[0]
     with torch.no_grad():
         net.last.weight[:, 0] *= 20

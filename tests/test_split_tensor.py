@@ -306,19 +306,24 @@ def test_without_the_second_parts_all_is_as_before() -> None:
     assert back.params.keys() == whole.params.keys()
 
 
-def test_layers_are_solved_on_the_sum_of_both_parts() -> None:
-    """With weights of 4 bits the sum of both parts is nearly the float input, and the solution nearly that on float inputs."""
-    _, split = pooled()
-    twins = {value_name(n): t for n in layers(split.graph) if (t := twin_of(n)) is not None}
-    assert "a:main" in twins
-    seen: dict[str, Tensor] = {}
+def watched(m: hb.QModel) -> tuple[hb.QModel, dict[str, Problem]]:
+    """The reconstructed model, and the problem of each layer that was solved."""
+    seen: dict[str, Problem] = {}
 
     class Watching(hb.Descent):
         def solve(self, p: Problem) -> Solution:
-            seen[value_name(p.layer)] = torch.cat([*p.inputs])
+            seen[value_name(p.layer)] = p
             return super().solve(p)
 
-    solved = hb.reconstruct(split, [(data(),)], Watching())
+    return hb.reconstruct(m, [(data(),)], Watching()), seen
+
+
+def test_layers_are_solved_on_the_sum_of_both_parts() -> None:
+    _, split = pooled()
+    twins = {value_name(n): t for n in layers(split.graph) if (t := twin_of(n)) is not None}
+    assert "a:main" in twins
+    solved, problems = watched(split)
+    seen = {name: torch.cat([*p.inputs]) for name, p in problems.items()}
     before = simulated(solved, data()[: len(seen["a:main"])])
     for name, twin in twins.items():
         node = by_value(split.graph)[name]
@@ -333,21 +338,15 @@ def test_layers_are_solved_on_the_sum_of_both_parts() -> None:
 def test_a_sum_behind_a_split_layer_is_made_up_for() -> None:
     """A layer that adds to a running sum also corrects what the other operand is off, in two parts as in one."""
     _, split = pooled()
-    wanted: dict[str, Tensor] = {}
-
-    class Watching(hb.Descent):
-        def solve(self, p: Problem) -> Solution:
-            wanted[value_name(p.layer)] = torch.cat([*p.targets])
-            return super().solve(p)
-
-    solved = hb.reconstruct(split, [(data(),)], Watching())
-    x = data()[: len(wanted["c:main"])]
+    solved, problems = watched(split)
+    wanted = torch.cat([*problems["c:main"].targets])
+    x = data()[: len(wanted)]
     exact = {}
     hb.run(split.as_float(), (x,), lambda n, t: exact.setdefault(n, t))
     rounded = simulated(solved, x)
     other = next(n for n in by_value(split.graph)["add"].all_input_nodes if value_name(n) != "c")
     expected = exact["c"] + exact[value_name(other)] - rounded[value_name(other)]
-    assert torch.allclose(wanted["c:main"], expected, atol=1e-5)
+    assert torch.allclose(wanted, expected, atol=1e-5)
 
 
 def test_a_second_part_takes_up_what_the_bias_of_the_first_has_lost() -> None:

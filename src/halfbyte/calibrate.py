@@ -60,7 +60,7 @@ class Observed:
     logits: Mapping[str, Tensor] = field(default_factory=dict)  # of classifiers, [samples, classes]
 
 
-def _running(m: QModel) -> set[str]:
+def running(m: QModel) -> set[str]:
     """Planned values that have a grid of their own and are no parameters."""
     wanted = {n for n in m.plan if m.plan[n] is not None and n not in m.ties}
     return wanted - {value_name(n) for n in tensors(m.graph) if n.op == "get_attr"}
@@ -72,7 +72,7 @@ def expect(m: QModel, ranges: Mapping[str, tuple[float, float]] | None = None) -
     ranges: value -> (lowest, highest), of inputs and of any value whose range the user knows.
     """
     spreads = propagate(m, ranges)
-    wanted = _running(m) - {m.ties.get(n, n) for n in ranges or {}}
+    wanted = running(m) - {m.ties.get(n, n) for n in ranges or {}}
     unknown = [n for n in spreads if n in wanted and not _is_known(spreads[n])]
     if unknown or wanted - spreads.keys():
         unknown += sorted(wanted - spreads.keys())
@@ -94,7 +94,7 @@ def observe(m: QModel, data: Batches, *, progress: Progress = silent) -> Observe
 
     Raises :class:`DataError` for an empty data set and for values that are not finite.
     """
-    wanted = _running(m)
+    wanted = running(m)
     axes: dict[str, set[int]] = {}
     for layer in layers(m.graph):
         if isinstance(layer.args[0], fx.Node):
@@ -373,7 +373,7 @@ def bias_step(m: QModel, layer: fx.Node, grid: Grid) -> Tensor | None:
     tokens = layer.target is LINEAR and len(layer.meta["shape"]) != 2
     if bias is None or read is None or grid.group is not None or layer.target is CONV_TRANSPOSE or tokens:
         return None
-    return (read.scale * grid.scale).double()
+    return read.scale * grid.scale
 
 
 def whole_biases(m: QModel, some: Iterable[fx.Node]) -> QModel:
@@ -383,6 +383,10 @@ def whole_biases(m: QModel, some: Iterable[fx.Node]) -> QModel:
     part of an input has finer steps: its layer takes up what the first one's bias has lost.
     """
     tuned, parameters = dict(m.tuned), m.parameters
+
+    def whole(t: Tensor, step: Tensor) -> Tensor:
+        return (torch.round(t.double() / step.double()) * step.double()).to(t)
+
     for layer in some:
         if value_name(layer).endswith(RESIDUAL):
             continue
@@ -391,11 +395,10 @@ def whole_biases(m: QModel, some: Iterable[fx.Node]) -> QModel:
         if bias is None or len(bias.users) > 1 or grid is None or (step := bias_step(m, layer, grid)) is None:
             continue
         exact = parameters[str(bias.target)]
-        whole = tuned[str(bias.target)] = (torch.round(exact.double() / step) * step).to(exact)
-        other = None if twin is None else bias_of(twin)
+        held = tuned[str(bias.target)] = whole(exact, step)
         finer = None if twin is None else bias_step(m, twin, grid)
-        if other is not None and finer is not None:
-            tuned[str(other.target)] = (torch.round((exact - whole).double() / finer) * finer).to(exact)
+        if twin is not None and finer is not None:
+            tuned[str(bias_of(twin).target)] = whole(exact - held, finer)  # type: ignore[union-attr]
     return replace(m, tuned=tuned)
 
 

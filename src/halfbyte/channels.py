@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halfbyte.effects import sloped
+from halfbyte.effects import judged
 from halfbyte.model import Inputs, QModel
 from halfbyte.moments import propagate
 from halfbyte.run import portions, run
@@ -17,8 +17,6 @@ _FAR = 12.0
 # A few samples cannot say that a channel is always smaller than this share of the largest.
 _UNSEEN = 16.0
 _CLIPS = (1.0, 0.8, 0.63, 0.5, 0.4, 0.315, 0.25, 0.2, 0.16)  # shares of what a channel reaches
-_JUDGES = 64  # samples whose gradients choose among these
-_MOST = 16  # of them whose activations and gradients are held at a time
 
 
 class Seen(NamedTuple):
@@ -84,12 +82,8 @@ def clipped(
     these values. bits: of the grid.
     """
     effects = {n: torch.zeros(len(_CLIPS), len(seen[n].low), dtype=torch.float64) for n in axes if n in seen}
-    generator, count = torch.Generator().manual_seed(0), 0
-    for batch in portions(m, data, _MOST):
-        if count >= _JUDGES:
-            break
-        count += len(batch[0])
-        for name, (x, gradients) in sloped(m, batch, effects, generator).items():
+    for _, some in judged(m, data, effects):
+        for name, (x, gradients) in some.items():
             effects[name] += _squares(x, gradients, axes[name], seen[name], bits)
     found = dict(seen)
     for name, effect in effects.items():

@@ -7,7 +7,7 @@ sample's positions before it is squared, an error that all positions share count
 """
 
 import math
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,18 +60,28 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
     return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
 
 
-def rounding_noise(m: QModel, data: Iterable[Inputs], names: Collection[str], seed: int = 0) -> dict[str, float]:
+def judged(
+    m: QModel, data: Iterable[Inputs], names: Container[str]
+) -> Iterator[tuple[int, dict[str, tuple[Tensor, list[Tensor]]]]]:
+    """What :func:`sloped` finds on the first 64 samples or so, a few at a time, with their number."""
+    generator, count = torch.Generator().manual_seed(0), 0
+    for batch in portions(m, data, _MOST):
+        if count >= _JUDGES:
+            return
+        count += len(batch[0])
+        yield len(batch[0]), sloped(m, batch, names, generator)
+
+
+def rounding_noise(m: QModel, data: Iterable[Inputs], names: Collection[str]) -> dict[str, float]:
     """The noise-to-signal ratio that rounding each of these values alone makes at the outputs, to first order.
 
     data: a few batches. Left out is a value that no output depends on.
     """
-    generator, count = torch.Generator().manual_seed(seed), 0
     sums: dict[str, float] = {}
-    for batch in portions(m, data, _MOST):
-        if count >= _JUDGES:
-            break
-        count += len(batch[0])
-        for name, (x, slopes) in sloped(m, batch, names, generator).items():
+    count = 0
+    for samples, found in judged(m, data, names):
+        count += samples
+        for name, (x, slopes) in found.items():
             grid = m.grid(name)
             assert grid is not None
             change = fake_quantize(x, grid).sub_(x)

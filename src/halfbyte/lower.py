@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, quantize
-from halfbyte.calibrate import missing_grids
+from halfbyte.calibrate import bias_step, missing_grids
 from halfbyte.errors import PlacementError
 from halfbyte.formats import Format, container_bits
 from halfbyte.graph import LAYERS, bias_of, drop_dead, layers, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import (
     CLIP_CODES,
-    CONV_TRANSPOSE,
     DEQUANTIZE,
     LINEAR,
     LOWERED_LINEAR,
@@ -225,12 +224,11 @@ def _lower_operation(low: _Lowering, node: fx.Node) -> fx.Node:
 
 def _lower_layer(low: _Lowering, node: fx.Node, weight: fx.Node) -> fx.Node:
     """A layer with integer weights; its bias becomes int32 at exactly input scale times weight scale."""
-    x, bias_node = node.args[0], bias_of(node)
-    integer_input = x in low.codes
-    flat = node.target is not LINEAR or len(node.meta["shape"]) == 2
+    x, bias_node, grid = node.args[0], bias_of(node), low.m.grid(value_name(weight))
     bias: fx.Node | None = low.real[bias_node] if bias_node is not None else None
-    if bias_node is not None and integer_input and flat and node.target is not CONV_TRANSPOSE:
-        bias = _integer_bias(low, node, weight, bias_node)
+    step = bias_step(low.m, node, grid) if grid is not None and x in low.codes else None
+    if bias_node is not None and step is not None:
+        bias = _integer_bias(low, node, bias_node, step)
     if node.target is LINEAR:
         return low.call(LOWERED_LINEAR, (_real(low, x), _transposed_weight(low, weight), bias), node)
     rest = fx.map_arg(node.args[3:], lambda n: _real(low, n))
@@ -250,11 +248,8 @@ def _transposed_weight(low: _Lowering, weight: fx.Node) -> fx.Node:
     return low.call(DEQUANTIZE, args, weight, shape=tuple(reversed(weight.meta["shape"])))
 
 
-def _integer_bias(low: _Lowering, node: fx.Node, weight: fx.Node, bias_node: fx.Node) -> fx.Node:
-    x_grid, w_grid = low.m.grid(value_name(node.args[0])), low.m.grid(value_name(weight))  # type: ignore[arg-type]
-    assert x_grid is not None and w_grid is not None
+def _integer_bias(low: _Lowering, node: fx.Node, bias_node: fx.Node, scale: Tensor) -> fx.Node:
     bias = low.m.parameters[str(bias_node.target)]
-    scale = x_grid.scale * w_grid.scale
     codes = torch.round(bias.double() / scale.double()).clamp(-_INT32, _INT32).to(torch.int32)
     name = f"{value_name(node)}:bias"
     codes_node = low.constant(f"{name}:codes", codes)

@@ -182,7 +182,7 @@ class Part(Rounding):
             shift, unit = self.biases[name]
             real = self.m.parameters[name] + shift * unit
             step = self._bias_step(name)
-            return real if step is None else real + (torch.round(real.detach() / step) * step - real.detach())
+            return real if step is None else round_even(real / step) * step
         return super().parameter(node)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class Part(Rounding):
             return None
         own, root = self.weights.get(str(weight.target)), self.m.ties.get(read, read)
         step = step if own is None else step * own.factor.exp()
-        return (step if root not in self.scales else step * self.scales[root].exp()).float()
+        return step if root not in self.scales else step * self.scales[root].exp()
 
     def value(self, node: fx.Node, x: Tensor) -> Tensor:
         """A running value, rounded; some of it at random not."""

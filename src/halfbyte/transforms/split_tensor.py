@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize
-from halfbyte.calibrate import BIAS_LIMIT, observe, regridded
+from halfbyte.calibrate import BIAS_LIMIT, observe, regridded, running
 from halfbyte.correct import InputMoments, correct_expected
 from halfbyte.dual import dual, dual_ranges
 from halfbyte.effects import rounding_noise
@@ -73,7 +73,7 @@ def split_tensor(
         raise UsageError("there is no grid to add a second tensor to yet: call place and calibrate before split_tensor")
     if {str(w.target) for n in layers(m.graph) if (w := weight_of(n)) is not None} & m.tuned.keys():
         raise UsageError("weights have been chosen already: call split_tensor before reconstruct, not after it")
-    if not share and not (activations and any(m.plan[n].bits < WIDE for n in _running(m))):  # type: ignore[union-attr]
+    if not share and not (activations and any(m.plan[n].bits < WIDE for n in running(m))):  # type: ignore[union-attr]
         return m
     batches = [tuple(b) for b in data]
     seen = observe(m, batches)
@@ -83,11 +83,6 @@ def split_tensor(
     ):  # biases alone: what was taken into them was the error of one tensor
         split = correct_expected(split, seen.inputs)
     return _measured(_values_split(split, batches, seen.histograms, activations, worth), batches)
-
-
-def _running(m: QModel) -> list[str]:
-    """Values that are codes and no parameters."""
-    return [n for n, node in by_value(m.graph).items() if node.op != "get_attr" and m.plan.get(n) is not None]
 
 
 @dataclass(frozen=True)
@@ -160,6 +155,8 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
 
 def _kernels_split(m: QModel, inputs: InputMoments, share: float) -> QModel:
     """Choose kernels until the budget is spent, worst first, and split them layer by layer."""
+    if not share:
+        return m
     edit = Edit(m)
     found, log = _candidates(replace(m, graph=edit.graph), inputs)
     chosen = _chosen(found, [limit * share - spent for limit, spent in zip(*_accounts(m), strict=True)])
@@ -318,24 +315,22 @@ def _read_by_layers(edit: Edit, root: fx.Node) -> fx.Node | None:
 
 def _split_value(edit: Edit, node: fx.Node, h: Histogram, noise: float, work: float) -> None:
     """``Q_1(x)`` and ``Q_2(x - Q_1(x))`` for the layers that read x; x itself becomes wide."""
-    root = edit.ties.get(value_name(node), value_name(node))
-    name, form, grid = root, edit.plan[root], edit.grids[root]
+    name = edit.ties.get(value_name(node), value_name(node))
+    form, grid = edit.plan[name], edit.grids[name]
     assert form is not None
     if node.target is REQUANTIZE:
         wide, first = node.args[0], node
     else:
-        between = {
-            value_name(n) for n in edit.graph.nodes if "value" in n.meta and edit.ties.get(value_name(n)) == root
-        }
-        between -= {value_name(n) for n in node.users if "value" in n.meta}
+        behind = {value_name(n) for n in node.users}
         wide, first = node, edit.after(node, REQUANTIZE, (node,), f"{value_name(node)}:quantized")
         replace_uses(node, first)
-        edit.plan[root] = replace(form, bits=WIDE)
-        edit.wide[root] = MSE().activation(h, edit.plan[root])  # type: ignore[arg-type]
-        for tied in [t for t, r in edit.ties.items() if r == root and t not in between]:
-            edit.ties[tied] = value_name(first)
-        for tied in between:
-            edit.plan[tied] = edit.plan[root]
+        edit.plan[name] = replace(form, bits=WIDE)
+        edit.wide[name] = MSE().activation(h, edit.plan[name])  # type: ignore[arg-type]
+        for tied in [t for t, root in edit.ties.items() if root == name]:
+            if tied in behind:
+                edit.ties[tied] = value_name(first)
+            else:
+                edit.plan[tied] = edit.plan[name]
     users = list(first.users)
     left = edit.after(first, aten.sub.Tensor, (wide, first), f"{value_name(first)}{RESIDUAL}")
     grids = dual_ranges(h, form)
