@@ -279,6 +279,7 @@ class Pooled(nn.Module):
 
 
 def pooled() -> tuple[hb.QModel, hb.QModel]:
+    torch.manual_seed(0)
     m = calibrated(net=Pooled())
     return m, hb.split_tensor(m, [(data(),)], share=0.0, activations=1.0)
 
@@ -295,6 +296,21 @@ def test_codes_that_only_move_are_wide_up_to_the_layer(tmp_path: Path) -> None:
     both = seen[f"{moved}:quantized"] + seen[f"{moved}:quantized{RESIDUAL}"]
     step = split.grids[f"{moved}:quantized"].scale
     assert float((both - seen[moved]).abs().max()) < float(step) / 8
+
+
+def test_a_layer_between_two_split_values_may_have_no_activation_function(tmp_path: Path) -> None:
+    """The sum of a layer and its twin is then itself a value that is read in two parts, as in linear bottlenecks."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 32, 1))
+    with torch.no_grad():
+        net[0].weight[0] *= 30  # coarse steps for the other channels
+        net[2].weight[:, 0] /= 30
+    m = calibrated(net=nn.Sequential(*net, nn.ReLU(), nn.Conv2d(32, 4, 1)))
+    split = hb.split_tensor(m, [(data(),)], share=0.0, activations=1.0)
+    order = [e.value for e in split.log if e.stage == "split_tensor" and e.value]
+    assert order == ["1", "2"]  # the other way round there is no sum yet
+    assert noise(split) < noise(m)
+    assert hb.export_onnx(hb.reconstruct(split, [(data(),)], hb.Descent()), tmp_path / "net.onnx").proven
 
 
 def test_without_the_second_parts_all_is_as_before() -> None:

@@ -272,7 +272,9 @@ def _values_split(
     for name in sorted(noise, key=lambda n: -noise[n] / max(work[n], 1.0)):
         if spent + work[name] <= share * total:
             spent, count = spent + work[name], count + 1
-            _split_value(edit, able[name], histograms[name], noise[name], work[name])
+            node = _read_by_layers(edit, by_value(edit.graph)[name])  # a sum by now, where its layer got a twin
+            assert node is not None
+            _split_value(edit, node, histograms[name], noise[name], work[name])
     what = "value is" if count == 1 else "values are"
     text = f"{count} {what} read in two parts: {100 * spent / max(total, 1):.1f} % more operations"
     edit.log.append(LogEntry("split_tensor", None, text, {"values": count, "macs": spent}))
