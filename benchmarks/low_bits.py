@@ -5,7 +5,8 @@
 Every row is quantized with unlabelled images, exported, proven equal to the integer simulation and scored in ONNX Runtime; W4A32
 (weights alone) is scored by the fake-quantizing float simulation. A float pass over the calibration images is timed before each
 row. Results go to ``benchmarks/results/low-bits-<network>.json`` after every row; a row measured again with the same ``--time-limit``
-replaces the earlier one, the others stay. ``benchmarks/tables.py`` makes BENCHMARKS.md from them, ``benchmarks/figures.py`` a figure.
+replaces the earlier one, the others stay. Besides the networks of ``HALFBYTE_DATA``, ``efficientnet_lite1`` and 2 may be named
+(``lite.py``). ``benchmarks/tables.py`` makes BENCHMARKS.md from the results, ``benchmarks/figures.py`` a figure.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from halfbyte import engine
 from halfbyte.evaluate import paired
 from halfbyte.job import Stages
 from halfbyte.recipe import Recipe, check, load_recipe
+from lite import adopt
 from ranges import weight_names
 
 METHODS = ("nearest", "descent", "adaround", "adaquant", "blocks")
@@ -222,6 +224,7 @@ def main() -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     for method in options.methods:  # a method that does not exist is told at once, not after hours
         recipe(method, options.iterations)
+    adopt(zoo)
     for name in options.networks:
         measure(name, options, options.results / f"low-bits-{name}.json")
 
