@@ -218,6 +218,27 @@ def _profile(found: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def passes(found: list[dict[str, Any]]) -> list[str]:
+    """What Descent costs."""
+    out = ["## What Descent alone costs, W4A8", ""]
+    if not found:
+        return [*out, "Not measured yet: `python benchmarks/passes.py`."]
+    return [
+        *out,
+        f"{found[0]['samples']} calibration images, {found[0]['threads']} threads, a process for each network. A float pass is that of the",
+        "PyTorch network itself over the same images, before Descent, when every large tensor still is new pages, and after it.",
+        "Equalization, ranges, export and proof come on top.",
+        "",
+        "| network | Descent, s | float pass before, s | passes | float pass after, s | passes | peak MB |",
+        "|---" * 7 + "|",
+        *(
+            f"| {r['network']} | {r['descent']:.1f} | {r['before']:.2f} | {r['descent'] / r['before']:.1f} | {r['after']:.2f} "
+            f"| {r['descent'] / r['after']:.1f} | {r['peak_bytes'] / 1e6:.0f} |"
+            for r in found
+        ),
+    ]
+
+
 def solvers(found: list[dict[str, Any]]) -> list[str]:
     """Layer solvers on the same problems."""
     out = ["## Layer solvers on the same problems, W4A8", ""]
@@ -467,8 +488,8 @@ def main() -> None:
         "# Benchmarks",
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
-        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `solvers.py`, `widths.py`, `other_tasks.py`,",
-        "`other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
+        "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `passes.py`, `solvers.py`, `widths.py`,",
+        "`other_tasks.py`, `other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
         + engine
         + ".",
         "",
@@ -504,6 +525,8 @@ def main() -> None:
         *limits(read("limits-*.json")),
         "",
         *low_bits(read("low-bits-*.json")),
+        "",
+        *passes(read("passes-*.json")),
         "",
         *solvers(read("solvers-*.json")),
         "",

@@ -17,8 +17,8 @@ LAYERS: dict[int, str] = {
     "transforms.absorb_bias capture",
     3: "targets overrides place",
     4: "stats grids transforms.rotate walk correct calibrate losses refine_ranges",
-    5: "second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics refinement "
-    "blocks tune dual parts transforms.split_tensor",
+    5: "products second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics "
+    "refinement blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "prove lower sizes sums engine engine_openvino engines integer parity parity_openvino ports provenance export_onnx encodings "
     "proof report output settings scoring evaluate benchmark latency capabilities mixed steps recipe pipeline summary "

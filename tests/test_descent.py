@@ -1,7 +1,9 @@
 """Descent over the integers against exhaustive search, on every kind of grid, and with data that say little."""
 
 import functools
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte.affine import Grid, expand, fake_quantize, quantize
-from halfbyte.corrections import Choosing, Judge, choose, corrected, damped, gained, observed
+from halfbyte.corrections import Choosing, Correction, Judge, choose, corrected, damped, gained, mean_bias, observed
 from halfbyte.descent import Descent
 from halfbyte.formats import Format
 from halfbyte.graph import bias_of, layers, weight_of
@@ -376,6 +378,41 @@ def test_the_samples_that_choose_are_fitted_as_well(batch: int) -> None:
     _, moments = choose(p, 1 << 20, (0.1,))
     assert moments.rows == every.rows == 40
     assert torch.allclose(moments.gram, every.gram, atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [0.0, 0.03, 0.3, 3.0])
+@pytest.mark.parametrize("rows", [30, 400])
+def test_the_damping_is_found_without_trying_all(off: float, rows: int) -> None:
+    """Inputs that are off by little or much, and few or many samples, ask for different dampings."""
+    torch.manual_seed(5)
+    x, dampings = correlated(rows, (24,), 5), (0.003, 0.03, 0.3, 3.0, 30.0)
+    p = problem(nn.Linear(24, 4), x, NARROW, x_hat=x + off * torch.randn(x.shape))
+    fitted, judges = observed(p, 1 << 20)
+    moments, judge = fitted.moments(centred=True), Judge(judges, p)
+
+    def worth(damping: float | None) -> float:
+        """Of the better of both weights that W* is drawn to."""
+        each = [Correction(1, damping, gains).of(moments, p.weight[None]) for gains in (False, True)]
+        return min(judge(w, mean_bias(p, moments, w)) for w in each)
+
+    best = min(worth(d) for d in (None, *dampings))
+    assert worth(choose(p, 1 << 20, dampings)[0].damping) <= 1.01 * best + 1e-6  # there may be a second, shallow valley
+    assert choose(p, 1 << 20, dampings[::-1])[0] == choose(p, 1 << 20, dampings)[0]
+
+
+def test_a_solved_problem_can_be_forgotten_at_once() -> None:
+    """What a layer reads is large: it must not lie there until cycles of references are collected."""
+    whole = dense(10, 3)
+    p = replace(whole, inputs=[whole.inputs[0].clone()])
+    known = weakref.ref(p)
+    gc.collect()
+    gc.disable()
+    try:
+        Descent().solve(p)
+        del p
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_of_three_samples_none_is_spared_to_choose() -> None:

@@ -91,13 +91,17 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return (codes.float() - expand(grid.zero, grid, codes)) * expand(grid.scale, grid, codes)
 
 
-def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
-    """The nearest representable real values; gradients to ``x`` and to ``grid.scale`` as in arXiv 2106.08295, section 4.1."""
+def fake_quantize(x: Tensor, grid: Grid, *, spent: bool = False) -> Tensor:
+    """The nearest representable real values; gradients to ``x`` and to ``grid.scale`` as in arXiv 2106.08295, section 4.1.
+
+    spent: nobody needs ``x`` any more, so that the result may lie in its memory: new memory costs more time than the arithmetic.
+    """
     shared = grid.scale.ndim == grid.zero.ndim == 0 and max(grid.lo.ndim, grid.hi.ndim) < max(1, x.ndim)
     if shared and not (torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad)):
         lo, hi = grid.lo - grid.zero, grid.hi - grid.zero  # the same numbers from one buffer, for speed
         limits: Any = (int(lo), int(hi)) if lo.ndim == hi.ndim == 0 else (lo, hi)
-        return (x / grid.scale.to(x.dtype)).round_().clamp_(*limits).mul_(grid.scale)
+        scale = grid.scale.to(x.dtype)
+        return (x.div_(scale) if spent else x / scale).round_().clamp_(*limits).mul_(grid.scale)
     return dequantize(quantize(x, grid), grid)
 
 

@@ -11,7 +11,7 @@ samples choose among these, and then all of them are fitted. What counts there i
 positions of a sample: the layers behind add it up, while errors that differ from position to position average out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfbyte.graph import blocks
 from halfbyte.local import Problem
+from halfbyte.products import cholesky, product, solved
 from halfbyte.second_moments import Accumulator, Patches, SecondMoments, gathered, pooled
 
 _CHOOSING = 4  # one sample of so many chooses among corrections, before it is fitted itself
@@ -46,11 +47,11 @@ class Correction:
         return to if self.damping is None else corrected(moments, to, self.damping)
 
 
-def choose(p: Problem, rows: int, dampings: Iterable[float]) -> tuple[Correction, SecondMoments]:
+def choose(p: Problem, rows: int, dampings: Collection[float]) -> tuple[Correction, SecondMoments]:
     """The correction that does best, not rounded, on the samples that choose, and the moments of all samples.
 
-    rows: patches to gather, about. dampings: shares of G's mean diagonal; besides them W* = W, which ignores the input error, and
-    W* = W D are tried.
+    rows: patches to gather, about. dampings: shares of G's mean diagonal; from the middle one, smaller and then larger ones are
+    tried as long as each does better than the one before. Besides them W* = W, which ignores the input error, and W* = W D are tried.
     """
     fitted, judges = observed(p, rows)
     centred = p.bias is not None
@@ -59,12 +60,28 @@ def choose(p: Problem, rows: int, dampings: Iterable[float]) -> tuple[Correction
     w, taps = parts.flatten(2), parts.shape[3]
     chosen, least = Correction(taps), float("inf")
     to = torch.cat([w, gained(moments, w, taps)], 1)
-    for damping in (None, *dampings):
+
+    def tried(damping: float | None) -> float:
+        nonlocal chosen, least
         both = to if damping is None else corrected(moments, to, damping)
-        for gains, found in zip((False, True), both.chunk(2, 1), strict=True):
-            loss = judge(found, mean_bias(p, moments, found))
+        losses = [judge(found, mean_bias(p, moments, found)) for found in both.chunk(2, 1)]
+        for gains, loss in zip((False, True), losses, strict=True):
             if loss < least - _ALIKE:
                 chosen, least = Correction(taps, damping, gains), loss
+        return min(losses)
+
+    tried(None)
+    if dampings:
+        several, middle = sorted(dampings), len(dampings) // 2
+        start = tried(several[middle])
+        for side in (several[:middle][::-1], several[middle + 1 :]):
+            losses = [start]
+            for damping in side:
+                losses.append(tried(damping))
+                if losses[-1] >= losses[-2]:
+                    break
+            if min(losses) < start:
+                break
     if not judges.means:
         return chosen, moments
     return chosen, pooled(moments, judge.moments if centred else judges.sums.moments(centred=False))
@@ -116,7 +133,7 @@ class Judge:
     def __call__(self, w: Tensor, bias: Tensor | None) -> float:
         """The loss of a weight [groups, outputs, K] and bias [groups, outputs]."""
         m = self.moments
-        varying = ((w @ m.gram).sub_(m.cross, alpha=2).mul_(w)).sum(2) + m.y_var
+        varying = product(w, m.gram).sub_(m.cross, alpha=2).mul_(w).sum(2) + m.y_var
         shift = (w @ m.x_mean[:, :, None])[:, :, 0] - m.y_mean
         means = self.x @ w.transpose(1, 2) - self.y
         if bias is not None:
@@ -130,7 +147,8 @@ def gained(moments: SecondMoments, w: Tensor, taps: int) -> Tensor:
     """W D, [groups, outputs, K]: gains D of the inputs, the same for all taps, of least squared error over all outputs."""
     groups, _, k = w.shape
     inputs = k // taps
-    gram = (w.transpose(1, 2) @ w).mul_(moments.gram).reshape(groups, inputs, taps, inputs, taps).sum((2, 4))
+    columns = w.transpose(1, 2)
+    gram = product(columns, columns).mul_(moments.gram).reshape(groups, inputs, taps, inputs, taps).sum((2, 4))
     cross = (w * moments.cross).sum(1).reshape(groups, inputs, taps).sum(2)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     unsure = _UNSURE * diagonal + torch.finfo(w.dtype).eps * diagonal.mean(1, keepdim=True)
@@ -148,13 +166,12 @@ def corrected(moments: SecondMoments, to: Tensor, damping: float) -> Tensor:
     gram = damped(moments.gram, damping)
     step = gram.diagonal(dim1=1, dim2=2) - moments.gram.diagonal(dim1=1, dim2=2)
     cross = moments.cross.repeat(1, to.shape[1] // moments.cross.shape[1], 1)
-    right = (cross + to * step[:, None]).transpose(1, 2)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if bool((failed > 0).any()):
-        exact: Tensor = torch.linalg.solve(gram.double(), right.double())
-        return exact.transpose(1, 2).to(to)
-    found: Tensor = torch.cholesky_solve(right, factor)
-    return found.transpose(1, 2).contiguous()
+    right = cross + to * step[:, None]
+    factor = cholesky(gram)
+    if factor is not None:
+        return solved(right, factor)
+    exact: Tensor = torch.linalg.solve(gram.double(), right.transpose(1, 2).double())
+    return exact.transpose(1, 2).to(to)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -162,7 +179,9 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     diagonal = gram.diagonal(dim1=1, dim2=2)
     level = diagonal.mean(1)
     level = torch.where(level > 0, level, torch.ones_like(level))
-    return gram + torch.diag_embed((damping * level)[:, None].expand_as(diagonal))
+    found = gram.clone()
+    found.diagonal(dim1=1, dim2=2).add_(damping * level[:, None])
+    return found
 
 
 def mean_bias(p: Problem, moments: SecondMoments, w: Tensor) -> Tensor | None:

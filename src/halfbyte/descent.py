@@ -21,6 +21,7 @@ from halfbyte.corrections import choose, damped, mean_bias
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
+from halfbyte.products import cholesky, product
 
 _BLOCK = 64  # columns between two updates of all other columns
 # Neighbouring positions say much the same, so it takes several for each that counts; of few inputs, as in depthwise layers, less is
@@ -37,10 +38,10 @@ class Descent:
     """Descent over the integers, the default below eight bits.
 
     rows: patches gathered for each input of a layer (32768 at least, of few inputs 8192, or all that there are). damping: shares
-    of G's mean diagonal, of which W* takes the one that does best on samples that choose; besides them W* = W, which ignores the
-    input error, and W* = W D, gains of the inputs alone. rounding: ``free`` moves codes anywhere on the grid, ``adjacent`` only to
-    the two neighbours of W* / s. scales: factors on the scale of least squared error to start from. sweeps: passes over the inputs
-    between two fits of the scales; rounds: how often the scales are fitted.
+    of G's mean diagonal, of which W* takes the one that does best on samples that choose, looked for from the middle one outward;
+    besides them W* = W, which ignores the input error, and W* = W D, gains of the inputs alone. rounding: ``free`` moves codes
+    anywhere on the grid, ``adjacent`` only to the two neighbours of W* / s. scales: factors on the scale of least squared error to
+    start from. sweeps: passes over the inputs between two fits of the scales; rounds: how often the scales are fitted.
     """
 
     rows: float = 24.0
@@ -120,15 +121,15 @@ class _Rows:
 
     def begin(self, factors: tuple[float, ...], rounding: Rounding) -> None:
         """From every factor on the scale, nearest rounding and the greedy pass; each output keeps the best."""
-        inverse = _inverse_factor(self.gram)
-        scale, best = self.scale, torch.full_like(self.losses(), float("inf"))
+        upper = _unit_factor(self.gram)
+        scale, best = self.scale, torch.full_like(self.target[:, 0], float("inf"))
         factors = (1.0,) if self.p.form.power_of_two else factors
         tried = []
         shared = self.start.axis is None  # one scale for all outputs: the best in sum, not the best of each
         for factor in factors:
             wide = scale * factor
             self.scale = wide if self.p.floor is None or factor == 1.0 else torch.maximum(wide, self._floor())
-            for codes in (self._nearest(rounding), self._greedy(inverse, rounding)):
+            for codes in (self._nearest(rounding), self._greedy(upper, rounding)):
                 self.codes = codes
                 tried.append((self.losses(), self.scale, codes))
         if shared:
@@ -151,12 +152,12 @@ class _Rows:
     def _nearest(self, rounding: Rounding) -> Tensor:
         return torch.round(self.target / self.scale).clamp(*self.limits(rounding))
 
-    def _greedy(self, inverse: Tensor, rounding: Rounding) -> Tensor:
+    def _greedy(self, upper: Tensor, rounding: Rounding) -> Tensor:
         """Round one input after another; those that follow make up for its error (GPTQ's order and blocks)."""
         left, codes = self.target.clone(), torch.empty_like(self.target)
         columns, chosen, scales = left.unbind(1), codes.unbind(1), self._columns(self.scale)
+        wanted = self.target.unbind(1)
         lows, highs = (self._columns(t) for t in self.limits(rounding))
-        pivots = inverse.diagonal(dim1=1, dim2=2).reciprocal().unbind(1)
         k = left.shape[1]
         for begin in range(0, k, _BLOCK):
             end = min(k, begin + _BLOCK)
@@ -164,12 +165,12 @@ class _Rows:
             for i in range(begin, end):
                 torch.div(columns[i], scales[i], out=chosen[i])
                 chosen[i].round_().clamp_(lows[i], highs[i])
-                error = torch.addcmul(columns[i], chosen[i], scales[i], value=-1).mul_(pivots[i][:, None])
+                error = torch.addcmul(wanted[i], chosen[i], scales[i], value=-1)
                 errors[:, i - begin] = error
                 if i + 1 < end:
-                    left[:, i + 1 : end].baddbmm_(inverse[:, i, i + 1 : end, None], error[:, None], alpha=-1)
+                    left[:, i + 1 : end].baddbmm_(upper[:, i, i + 1 : end, None], error[:, None])
             if end < k:
-                left[:, end:].baddbmm_(inverse[:, begin:end, end:].transpose(1, 2), errors, alpha=-1)
+                left[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors)
         return codes
 
     def _columns(self, t: Tensor) -> list[Tensor]:
@@ -178,37 +179,38 @@ class _Rows:
 
     def residual(self) -> Tensor:
         """G (s q - W*), [groups, K, outputs]."""
-        return self.gram @ (self.codes * self.scale - self.target)
+        return product(self.gram, self._errors().transpose(1, 2))
+
+    def _errors(self) -> Tensor:
+        return (self.codes * self.scale).sub_(self.target)
 
     def losses(self) -> Tensor:
         """The local loss of each output, [groups, outputs], less its constant."""
-        return ((self.codes * self.scale - self.target) * self.residual()).sum(1)
+        return self.residual().mul_(self._errors()).sum(1)
 
     def descend(self, sweeps: int, rounding: Rounding) -> None:
         """Give every code in turn its best value while the others stay; until hardly any moves."""
-        residual, k = self.residual(), self.codes.shape[1]
+        k = self.codes.shape[1]
         rate = (self.scale * self.diagonal[:, :, None]).reciprocal().unbind(1)
         lows, highs = (self._columns(t) for t in self.limits(rounding))
         codes, scales = self.codes.unbind(1), self._columns(self.scale)
+        errors = self._errors().transpose(1, 2).contiguous()
         for _ in range(sweeps):
-            moved = 0
+            before = self.codes.clone()
             for begin in range(0, k, _BLOCK):
                 end = min(k, begin + _BLOCK)
-                square = self.gram[:, begin:end, begin:end]
-                part, before = residual[:, begin:end].clone(), self.codes[:, begin:end].clone()
+                part = product(self.gram[:, begin:end], errors)  # of G (s q - W*)
                 rows = part.unbind(1)
                 for i in range(begin, end):
                     new = torch.addcmul(codes[i], rows[i - begin], rate[i], value=-1).round_().clamp_(lows[i], highs[i])
                     step = torch.sub(new, codes[i]).mul_(scales[i])
                     codes[i].copy_(new)
-                    part.baddbmm_(square[:, :, i - begin, None], step[:, None])
-                change = self.codes[:, begin:end] - before
-                count = int(change.count_nonzero())
-                if count:
-                    scale = self.scale[:, begin:end] if self.scale.shape[1] > 1 else self.scale
-                    residual.baddbmm_(self.gram[:, :, begin:end], change * scale)
-                moved += count
-            if moved <= _SETTLED * self.codes.numel():
+                    if i + 1 < end:
+                        part[:, i + 1 - begin :].baddbmm_(self.gram[:, i + 1 : end, i, None], step[:, None])
+                scale = self.scale[:, begin:end] if self.scale.shape[1] > 1 else self.scale
+                now = (self.codes[:, begin:end] * scale).sub_(self.target[:, begin:end])
+                errors[:, :, begin:end] = now.transpose(1, 2)
+            if int((self.codes != before).sum()) <= _SETTLED * before.numel():
                 return
 
     def refit(self) -> None:
@@ -216,7 +218,7 @@ class _Rows:
         if self.p.form.power_of_two:
             return
         if self.scale.shape[1] == 1:
-            weighted = self.gram @ self.codes
+            weighted = product(self.gram, self.codes.transpose(1, 2))
             above, below = (self.target * weighted).sum(1, keepdim=True), (self.codes * weighted).sum(1, keepdim=True)
             if self.start.axis is None:
                 above, below = above.sum().expand_as(above), below.sum().expand_as(below)
@@ -251,11 +253,10 @@ class _Rows:
         return fake_quantize(found, grid), grid
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of G^-1, [groups, K, K]: the inverse of the factor of G with rows and columns reversed."""
-    lower, failed = torch.linalg.cholesky_ex(gram.flip(1, 2))
-    if bool((failed > 0).any()):
+def _unit_factor(gram: Tensor) -> Tensor:
+    """U of G = U D U^T, unit upper triangular, [groups, K, K]: row i tells how the inputs behind i make up for its error."""
+    lower = cholesky(gram.flip(1, 2))
+    if lower is None:
         lower = torch.linalg.cholesky(damped(gram, 0.01).flip(1, 2).double()).to(gram)
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    return inverse.flip(1, 2).contiguous()
+    upper: Tensor = (lower / lower.diagonal(dim1=1, dim2=2)[:, None]).flip(1, 2)
+    return upper

@@ -56,10 +56,10 @@ class Problem:
     def loss(self, weight: Tensor, bias: Tensor | None) -> float:
         """Mean squared error over the held-out rows, summed over outputs, of a weight and bias in the layer's own shapes."""
         parts = blocks(self.layer, weight).flatten(2)
-        found = self.held_out.inputs @ parts.transpose(1, 2)
+        found = parts @ self.held_out.inputs.transpose(1, 2)
         if bias is not None:
-            found = found + bias.reshape(parts.shape[:2])[:, None]
-        return float((found - self.held_out.outputs).square_().mean(1).double().sum())
+            found += bias.reshape(parts.shape[:2])[:, :, None]
+        return float(found.sub_(self.held_out.outputs.transpose(1, 2)).square_().mean(2).double().sum())
 
 
 @dataclass(frozen=True)

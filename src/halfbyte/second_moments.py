@@ -15,11 +15,15 @@ from torch import Tensor, fx
 
 from halfbyte.graph import groups, input_axis
 from halfbyte.ops import CONV_TRANSPOSE, LINEAR
+from halfbyte.products import product
 
 
 @dataclass(frozen=True)
 class Patches:
-    """Rows of a layer's problem: ``inputs`` [groups, rows, inputs of a group times taps], ``outputs`` [groups, rows, outputs]."""
+    """Rows of a layer's problem: ``inputs`` [groups, rows, inputs of a group times taps], ``outputs`` [groups, rows, outputs].
+
+    Of an image each column lies together in memory.
+    """
 
     inputs: Tensor
     outputs: Tensor
@@ -56,18 +60,21 @@ def sampled_patches(layer: fx.Node, x: Tensor, y: Tensor, rows: int, generator: 
         flat = [t.reshape(n, everywhere, -1).index_select(1, at.to(t.device)) for t in (x, y)]
         return Patches(flat[0].flatten(0, 1)[None], flat[1].flatten(0, 1)[None])
     index, inside = _taps(layer, at, y.shape[2:], x.shape[2:])
-    read = _positions(x, index.flatten())  # [samples, taps and positions, channels], as images lie in memory
+    read = _positions(x, index)  # [taps, samples, positions, channels], as images lie in memory
     if not bool(inside.all()):
-        read = read * inside.flatten()[:, None].to(read)
-    taps = len(index)
-    read = read.reshape(n, taps, count, g, -1).permute(3, 0, 2, 4, 1).reshape(g, n * count, -1)
-    wanted = _positions(y, at).reshape(n * count, g, -1)
-    return Patches(read, wanted.movedim(1, 0).contiguous())
+        read.mul_(inside[:, None, :, None].to(read))
+    wanted = _positions(y, at[None])
+    return Patches(
+        *(t.flatten(0, 2).t().contiguous().reshape(g, -1, n * count).transpose(1, 2) for t in (read, wanted))
+    )
 
 
 def _positions(x: Tensor, at: Tensor) -> Tensor:
-    """Some positions of images [samples, channels, ...], as [samples, positions, channels]."""
-    return x.movedim(1, -1).flatten(1, -2).index_select(1, at.to(x.device))
+    """Some positions [taps, positions] of images [samples, channels, ...], as [taps, samples, positions, channels]."""
+    flat = x.movedim(1, -1).flatten(1, -2)
+    first = torch.arange(0, flat.shape[0] * flat.shape[1], flat.shape[1])
+    every = (at[:, None] + first[:, None]).to(x.device)
+    return flat.flatten(0, 1).index_select(0, every.flatten()).reshape(*every.shape, -1)
 
 
 def _taps(layer: fx.Node, at: Tensor, out: Sequence[int], into: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -109,35 +116,53 @@ class Accumulator:
     def add(self, p: Patches) -> None:
         """More rows. They wait until there are many: a product with few costs little more than the matrix that it is added to."""
         self.waiting.append(p)
-        if sum(p.inputs.shape[1] for p in self.waiting) >= _PORTION:
+        rows, size = sum(p.inputs.shape[1] for p in self.waiting), sum(p.inputs.numel() for p in self.waiting)
+        if rows >= _PORTION or (rows >= p.inputs.shape[2] and size >= _PORTION_SIZE):
             self._summed()
 
     def _summed(self) -> None:
         if not self.waiting:
             return
         p, self.waiting = joined(self.waiting), []
+        x, y = p.inputs.transpose(1, 2), p.outputs.transpose(1, 2)  # [groups, K, rows], copies
+        groups, k, o = *x.shape[:2], y.shape[1]
         if self.guess is None:
-            self.guess = p.inputs.mean(1, keepdim=True), p.outputs.mean(1, keepdim=True)
-        x, y = p.inputs - self.guess[0], p.outputs - self.guess[1]
-        new = (x.sum(1), y.sum(1), _symmetric_product(x), y.transpose(1, 2) @ x, y.square().sum(1))
-        self.sums = tuple(a + b for a, b in zip(self.sums, new, strict=True)) if self.sums else new
-        self.rows += x.shape[1]
+            self.guess = x.mean(2), y.mean(2)
+            shapes = ((groups, k), (groups, o), (groups, k, k), (groups, o, k), (groups, o))
+            self.sums = tuple(x.new_zeros(shape) for shape in shapes)
+        x.sub_(self.guess[0][:, :, None])
+        y.sub_(self.guess[1][:, :, None])
+        of_x, of_y, gram, cross, square = self.sums
+        of_x += x.sum(2)
+        of_y += y.sum(2)
+        for start in range(0, k, _STRIP):  # what lies on and above the diagonal
+            gram[:, start : start + _STRIP, start:] += product(x[:, start : start + _STRIP], x[:, start:])
+        cross += product(y, x)
+        square += y.square_().sum(2)
+        self.rows += x.shape[2]
 
     def moments(self, *, centred: bool) -> SecondMoments:
         """Means over all rows. centred: about the means, which is right where a bias takes them up; else about zero."""
         self._summed()
         assert self.guess is not None
         x, y, gram, cross, square = (t / self.rows for t in self.sums)
-        x_mean, y_mean = x + self.guess[0][:, 0], y + self.guess[1][:, 0]
-        gram = gram - x[:, :, None] * x[:, None]
-        cross = cross - y[:, :, None] * x[:, None]
+        for start in range(_STRIP, gram.shape[1], _STRIP):
+            gram[:, start:, start - _STRIP : start] = gram[:, start - _STRIP : start, start:].transpose(1, 2)
+        x_mean, y_mean = x + self.guess[0], y + self.guess[1]
+        _add_outer(gram, x, x, -1.0)
+        _add_outer(cross, y, x, -1.0)
         square = square - y.square()
         if centred:
             return SecondMoments(self.rows, x_mean, y_mean, gram, cross, square.clamp(min=0))
+        _add_outer(gram, x_mean, x_mean)
+        _add_outer(cross, y_mean, x_mean)
         zero_x, zero_y = torch.zeros_like(x_mean), torch.zeros_like(y_mean)
-        gram = gram + x_mean[:, :, None] * x_mean[:, None]
-        cross = cross + y_mean[:, :, None] * x_mean[:, None]
         return SecondMoments(self.rows, zero_x, zero_y, gram, cross, square + y_mean.square())
+
+
+def _add_outer(to: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """Add ``factor a b^T``, group after group, in place."""
+    to.baddbmm_(a[:, :, None], b[:, None], alpha=factor)
 
 
 def pooled(a: SecondMoments, b: SecondMoments) -> SecondMoments:
@@ -145,32 +170,18 @@ def pooled(a: SecondMoments, b: SecondMoments) -> SecondMoments:
     rows = a.rows + b.rows
     share, other = a.rows / rows, b.rows / rows
     x, y = a.x_mean - b.x_mean, a.y_mean - b.y_mean
-    apart = (x[:, :, None] * x[:, None], y[:, :, None] * x[:, None], y.square())
     gram, cross, y_var = (
-        share * s + other * t + share * other * d
-        for s, t, d in zip((a.gram, a.cross, a.y_var), (b.gram, b.cross, b.y_var), apart, strict=True)
+        (share * s).add_(t, alpha=other) for s, t in ((a.gram, b.gram), (a.cross, b.cross), (a.y_var, b.y_var))
     )
+    _add_outer(gram, x, x, share * other)
+    _add_outer(cross, y, x, share * other)
+    y_var.add_(y.square(), alpha=share * other)
     x_mean, y_mean = (share * s + other * t for s, t in ((a.x_mean, b.x_mean), (a.y_mean, b.y_mean)))
     return SecondMoments(rows, x_mean, y_mean, gram, cross, y_var)
 
 
-_PORTION = 4096  # rows
-_STRIPS = 4  # the part above the diagonal, in so many strips
-
-
-def _symmetric_product(x: Tensor) -> Tensor:
-    """``x^T x`` [groups, K, K] of [groups, rows, K]; of a large one only what lies on and above the diagonal is multiplied."""
-    k = x.shape[2]
-    if k < 64 * _STRIPS:
-        return x.transpose(1, 2) @ x
-    found = torch.empty(len(x), k, k, dtype=x.dtype, device=x.device)
-    width = math.ceil(k / _STRIPS)
-    for start in range(0, k, width):
-        stop = min(k, start + width)
-        strip = x[:, :, start:stop].transpose(1, 2) @ x[:, :, start:]
-        found[:, start:stop, start:] = strip
-        found[:, start:, start:stop] = strip.transpose(1, 2)
-    return found
+_PORTION, _PORTION_SIZE = 4096, 1 << 22  # rows, and numbers: beyond, every new page costs a fault
+_STRIP = 256  # rows of a symmetric matrix that are summed at a time
 
 
 def gathered(
@@ -186,4 +197,5 @@ def gathered(
 def joined(several: Iterable[Patches]) -> Patches:
     """The rows of several."""
     parts = list(several)
-    return Patches(torch.cat([p.inputs for p in parts], 1), torch.cat([p.outputs for p in parts], 1))
+    inputs, outputs = ([getattr(p, of).transpose(1, 2) for p in parts] for of in ("inputs", "outputs"))
+    return Patches(torch.cat(inputs, 2).transpose(1, 2), torch.cat(outputs, 2).transpose(1, 2))

@@ -14,11 +14,22 @@ from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import DataError
-from halfbyte.graph import layers, twin_of
+from halfbyte.graph import LAYERS, layers, twin_of
 from halfbyte.model import Inputs, QModel, value_name
-from halfbyte.ops import Kind, kind
+from halfbyte.ops import CLAMP_CHANNELS, Kind, kind
 from halfbyte.run import evaluate_plainly, laid_out, last_uses
 
+_aten = torch.ops.aten
+_IN_PLACE: dict[Any, Any] = {
+    _aten.relu.default: _aten.relu_.default,
+    _aten.relu6.default: _aten.relu6_.default,
+    _aten.hardtanh.default: _aten.hardtanh_.default,
+    _aten.clamp.default: _aten.clamp_.default,
+    _aten.clamp_min.default: _aten.clamp_min_.default,
+    _aten.clamp_max.default: _aten.clamp_max_.default,
+    CLAMP_CHANNELS: _aten.clamp_.Tensor,
+}
+_NEW = (*LAYERS, *_IN_PLACE)  # operations whose results share no memory with what they read
 Frontier = Sequence[Tensor]
 # model so far, layer, the layer's input in the quantized network and what it should put out, batch by batch -> model
 Visit = Callable[[QModel, fx.Node, Frontier, Frontier], QModel]
@@ -104,7 +115,7 @@ def walk(
                 wanted = outputs
                 if other is not None:
                     wanted = [
-                        y + r[other] - q[other]
+                        (y + r[other]).sub_(q[other])
                         for y, r, q in zip(outputs, reference.values, stream.values, strict=True)
                     ]
                 m = visit(m, layer, _read(layer, seen), wanted)
@@ -184,7 +195,17 @@ class _Stream:
                 known[str(n.target)] = fake_quantize(value, grid)
             return known[str(n.target)]
 
-        return evaluate_plainly(node, fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load))
+        args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+        # New memory costs more time than the comparison, and nobody else reads what the layer put out.
+        source = node.args[0]
+        if (
+            node.target in _IN_PLACE
+            and isinstance(source, fx.Node)
+            and source.target in LAYERS
+            and len(source.users) == 1
+        ):
+            return _IN_PLACE[node.target](*args, **kwargs)
+        return evaluate_plainly(node, args, kwargs)
 
     def advance(
         self,
@@ -214,7 +235,7 @@ class _Stream:
                 result = self.evaluate(params, node, i, quantize, known)
             grid = quantize.grid(value_name(node)) if quantize is not None and "value" in node.meta else None
             if grid is not None and isinstance(result, Tensor) and node not in self.later:
-                result = fake_quantize(result, grid)
+                result = fake_quantize(result, grid, spent=node.target in _NEW)
             env[node] = result
             made.add(node)
             for dead in self.freed.get(node, ()):
