@@ -225,9 +225,9 @@ def passes(found: list[dict[str, Any]]) -> list[str]:
         return [*out, "Not measured yet: `python benchmarks/passes.py`."]
     return [
         *out,
-        f"{found[0]['samples']} calibration images, {found[0]['threads']} threads, a process for each network. A float pass is that of the",
-        "PyTorch network itself over the same images, before Descent, when every large tensor still is new pages, and after it.",
-        "Equalization, ranges, export and proof come on top.",
+        f"{found[0]['samples']} calibration images, {found[0]['threads']} threads, a process for each network. A float pass is",
+        "that of the PyTorch network itself over the same images, before Descent, when every large tensor still is new pages, and",
+        "after it. Equalization, ranges, export and proof come on top.",
         "",
         "| network | Descent, s | float pass before, s | passes | float pass after, s | passes | peak MB |",
         "|---" * 7 + "|",
@@ -489,7 +489,8 @@ def main() -> None:
         "",
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
         "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `passes.py`, `solvers.py`, `widths.py`,",
-        "`other_tasks.py`, `other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`. Two CPU cores, "
+        "`other_tasks.py`, `other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`.",
+        "Two CPU cores, "
         + engine
         + ".",
         "",
