@@ -490,9 +490,7 @@ def main() -> None:
         "Every figure comes from a script in `benchmarks/` and can be measured again:",
         "`HALFBYTE_DATA=... python benchmarks/classification.py`, `low_bits.py`, `passes.py`, `solvers.py`, `widths.py`,",
         "`other_tasks.py`, `other_engine.py`, `limits.py`, `dfq.py`, `ranges.py`, `faults.py`, then `python benchmarks/tables.py`.",
-        "Two CPU cores, "
-        + engine
-        + ".",
+        "Two CPU cores, " + engine + ".",
         "",
         "## W8A8 on classifiers, 256 unlabelled calibration images",
         "",
