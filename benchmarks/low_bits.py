@@ -5,8 +5,8 @@
 Every row is quantized with unlabelled images, exported, proven equal to the integer simulation and scored in ONNX Runtime; W4A32
 (weights alone) is scored by the fake-quantizing float simulation. A float pass over the calibration images is timed before each
 row. Results go to ``benchmarks/results/low-bits-<network>.json`` after every row; a row measured again with the same ``--time-limit``
-replaces the earlier one, the others stay. Besides the networks of ``HALFBYTE_DATA``, ``efficientnet_lite1`` and 2 may be named
-(``lite.py``). ``benchmarks/tables.py`` makes BENCHMARKS.md from the results, ``benchmarks/figures.py`` a figure.
+and ``--seed`` replaces the earlier one, the others stay. Besides the networks of ``HALFBYTE_DATA``, ``efficientnet_lite1`` and 2 may
+be named (``lite.py``). ``benchmarks/tables.py`` makes BENCHMARKS.md from the results, ``benchmarks/figures.py`` a figure.
 """
 
 import argparse
@@ -135,6 +135,7 @@ class Network:
             uniform=wide.uniform,
             samples=self.options.samples,
             time_limit=self.options.time_limit,
+            seed=self.options.seed,
         )
 
     def row(self, kind: str, method: str) -> dict[str, Any]:
@@ -144,6 +145,7 @@ class Network:
             "method": method,
             "iterations": None if closed else self.options.iterations,
             "time_limit": None if closed else self.options.time_limit,
+            "seed": self.options.seed,
             "samples": sum(len(x) for x in self.batches),
             "images": len(reference.targets),
             "float": float(reference.right.mean()),
@@ -186,9 +188,9 @@ def function_name(file: str, line: int, function: str) -> str:
     return f"{Path(file).name}:{function}" if line else function.strip("<>{}")
 
 
-def key(row: dict[str, Any]) -> tuple[int, int, float]:
-    """What tells rows apart, in their order: widths, method, and the time it was given."""
-    return list(ROWS).index(row["row"]), METHODS.index(row["method"]), row["time_limit"] or 0.0
+def key(row: dict[str, Any]) -> tuple[int, int, float, int]:
+    """What tells rows apart, in their order: widths, method, the time it was given, and the seed."""
+    return list(ROWS).index(row["row"]), METHODS.index(row["method"]), row["time_limit"] or 0.0, row.get("seed", 0)
 
 
 def measure(name: str, options: argparse.Namespace, path: Path) -> None:
@@ -218,6 +220,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="labelled images to use")
     parser.add_argument("--iterations", type=int, help="of learned methods, in place of their own number")
     parser.add_argument("--time-limit", type=float, help="seconds for a learned method to choose the weights")
+    parser.add_argument("--seed", type=int, default=0, help="rows of other seeds are kept beside those of 0")
     parser.add_argument("--profile", action="store_true", help="also profile one descent at W4A8")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()

@@ -155,7 +155,8 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
     for r in found:
         alike: dict[tuple[float, int, int], list[dict[str, Any]]] = {}
         for row in r["rows"]:
-            alike.setdefault((row["float"], row["images"], row["samples"]), []).append(row)
+            if not row.get("seed"):
+                alike.setdefault((row["float"], row["images"], row["samples"]), []).append(row)
         for (before, images, samples), rows in alike.items():
             out += [
                 f"### {r['network']}: float {percent(before)} on {images} images, {samples} calibration images",
@@ -166,7 +167,7 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
                 *map(_low_bit_row, rows),
                 "",
             ]
-        out += [*_low_bit_anchors(r["network"]), *_profile(r.get("profile"))]
+        out += [*_other_seeds(r["rows"]), *_low_bit_anchors(r["network"]), *_profile(r.get("profile"))]
     return out[:-1]
 
 
@@ -184,6 +185,20 @@ def _low_bit_row(row: dict[str, Any]) -> str:
         f"| {percent(row['agreement'])} % | {row['seconds']:.1f} | {row['ratio']:.1f} | {row['float_peak_bytes'] / 1e6:.0f} "
         f"| {row['peak_bytes'] / 1e6:.0f} | {', '.join(gains)} | {', '.join(kept)} |"
     )
+
+
+def _other_seeds(rows: list[dict[str, Any]]) -> list[str]:
+    """Points from float with every seed that was measured, where several were."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["method"] == "descent" and "difference" in row:
+            found.setdefault(row["row"], []).append(row["difference"]["points"])
+    told = [
+        f"{kind}: " + ", ".join(f"{p:+.2f}" for p in points) + f" (mean {statistics.fmean(points):+.2f})"
+        for kind, points in found.items()
+        if len(points) > 1
+    ]
+    return ["Descent with seed 0 and others, points from float: " + "; ".join(told) + ".", ""] if told else []
 
 
 def _low_bit_anchors(network: str) -> list[str]:
