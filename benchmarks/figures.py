@@ -58,7 +58,9 @@ def panel(ax: Axes, network: str, rows: list[dict[str, Any]]) -> None:
 
 def low_bits(found: list[dict[str, Any]], path: Path) -> None:
     """Points lost over time for every network and method."""
-    measured = {r["network"]: [w for w in r["rows"] if w["row"] == DRAWN and "top1" in w] for r in found}
+    measured = {
+        r["network"]: [w for w in r["rows"] if w["row"] == DRAWN and "top1" in w and not w.get("seed")] for r in found
+    }
     measured = {network: rows for network, rows in measured.items() if rows}
     if not measured:
         raise SystemExit(f"nothing measured at {DRAWN} yet: python benchmarks/low_bits.py")
