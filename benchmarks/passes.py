@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from dfq import RESULTS, environment, save, zoo
-from halfbyte import engine
 from halfbyte.job import Stages
-from halfbyte.targets import find
+from solvers import calibrated
 
 NETWORKS = ("efficientnet_lite0", "mobilenet_v2", "resnet50", "resnet20_cifar10")
 PASSES = 3
@@ -40,9 +39,8 @@ def measure(name: str, samples: int, threads: int, path: Path) -> None:
     net, example = getattr(zoo, name)()
     batches = list(zoo.calibration(name, samples))
     before = [float_pass(net, batches) for _ in range(PASSES)]
-    m = hb.absorb_bias(hb.equalize(hb.fold_batchnorm(hb.capture(net, example)), weight_bits=4))
-    where, data = find("onnxruntime", saturates=engine.saturates()), [(x,) for x in batches]
-    q = hb.calibrate(hb.place(m, where, weight_bits=4, activation_bits=8, uniform=False), data)
+    data = [(x,) for x in batches]
+    q = calibrated(net, example, data)
     stages = Stages()
     stages.run("descent", lambda: hb.reconstruct(q, data, hb.Descent()))
     seconds, peak = stages.rows[0]["seconds"], stages.rows[0]["peak_memory_bytes"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import halfbyte as hb
 from classification import NETWORKS
@@ -99,14 +99,16 @@ def spread(m: hb.QModel, count: int | None) -> list[str]:
     return [few[round(i * (len(few) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def measure(name: str, options: argparse.Namespace, path: Path) -> None:
-    net, example = getattr(zoo, name)()
+def calibrated(net: nn.Module, example: Any, images: list[tuple[Tensor]]) -> hb.QModel:
+    """A network at W4A8 whose weights wait for a solver."""
     m = hb.absorb_bias(hb.equalize(hb.fold_batchnorm(hb.capture(net, example)), weight_bits=4))
+    where = find("onnxruntime", saturates=engine.saturates())
+    return hb.calibrate(hb.place(m, where, weight_bits=4, activation_bits=8, uniform=False), images)
+
+
+def measure(name: str, options: argparse.Namespace, path: Path) -> None:
     images = [(x,) for x in zoo.calibration(name, options.samples)]
-    q = hb.calibrate(
-        hb.place(m, find("onnxruntime", saturates=engine.saturates()), weight_bits=4, activation_bits=8, uniform=False),
-        images,
-    )
+    q = calibrated(*getattr(zoo, name)(), images)
     found: dict[str, Any] = {"network": name, "engine": environment(), "threads": torch.get_num_threads()}
     found |= {"samples": options.samples, "adaround": options.adaround, "adaquant": options.adaquant}
     found["layers"] = sum(not why_not(q, n) for n in layers(q.graph))

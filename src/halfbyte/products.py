@@ -24,9 +24,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def cholesky(gram: Tensor) -> Tensor | None:
     """The lower factor of positive definite matrices [groups, K, K]; None if one of them is none."""
     k = gram.shape[1]
+    width = _BLOCK if len(gram) == 1 else k
     lower = torch.zeros_like(gram)
-    for start in range(0, k, _BLOCK if len(gram) == 1 else k):
-        stop = min(k, start + _BLOCK) if len(gram) == 1 else k
+    for start in range(0, k, width):
+        stop = min(k, start + width)
         panel = gram[:, start:, start:stop]
         if start:
             panel = panel - product(lower[:, start:, :start], lower[:, start:stop, :start])

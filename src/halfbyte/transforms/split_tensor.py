@@ -260,14 +260,13 @@ def _values_split(
         return m
     edit = Edit(m)
     known = by_value(edit.graph)
-    able = {}
+    work: dict[str, float] = {}
     for name in histograms:
         form, node = edit.plan[name], _read_by_layers(edit, known[name])
         if form is not None and form.bits < WIDE and name in edit.grids and node is not None:
-            able[name] = node
+            work[name] = float(sum(macs(n) for n in readers(node)))
     total, spent = _accounts(m)[0][1], _residual_work(m)
-    work = {name: float(sum(macs(n) for n in readers(node))) for name, node in able.items()}
-    noise = {n: e for n, e in rounding_noise(m, data, able).items() if e * total >= worth * work[n]}
+    noise = {n: e for n, e in rounding_noise(m, data, work).items() if e * total >= worth * work[n]}
     count = 0
     for name in sorted(noise, key=lambda n: -noise[n] / max(work[n], 1.0)):
         if spent + work[name] <= share * total:
