@@ -313,6 +313,27 @@ def test_a_layer_between_two_split_values_may_have_no_activation_function(tmp_pa
     assert hb.export_onnx(hb.reconstruct(split, [(data(),)], hb.Descent()), tmp_path / "net.onnx").proven
 
 
+def test_channels_with_limits_of_their_own_are_read_by_second_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU6(), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU6(),
+        nn.Conv2d(12, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+        net[0].weight *= torch.linspace(0.5, 4.0, 12)[:, None, None, None]
+        net[2].weight[::4] = net[2].weight[::4].sign() * net[2].weight[::4].abs() ** 3 * 200
+    x = 3 * data()
+    m = hb.equalize(hb.capture(net.eval(), x[:2]), [(x,)], method="noise", weight_bits=4)
+    m = hb.calibrate(
+        hb.place(m, find("onnxruntime", saturates=engine.saturates()), weight_bits=4, uniform=False), [(x,)]
+    )
+    split = hb.split_tensor(m, [(x,)], share=0.3)
+    gathered = [n for n in split.ties if n.endswith(":second:inputs")]
+    assert gathered and m.grid("1").lo.ndim + m.grid("1").hi.ndim > 0, "each channel has its limits"  # type: ignore[union-attr]
+    assert noise(split) < noise(m)
+    assert hb.export_onnx(split, tmp_path / "net.onnx").proven
+
+
 def test_without_the_second_parts_all_is_as_before() -> None:
     m, split = pooled()
     whole, back = unplaced(m), unplaced(split)

@@ -236,14 +236,14 @@ def set_grids(
 
 
 def regridded(m: QModel, chosen: Mapping[str, Grid]) -> QModel:
-    """The model with other scales and zero-points of running values, by name; the limits of clamps follow."""
+    """The model with other scales and zero-points of running values, by name; the limits of clamps, and of what moves codes, follow."""
     grids = dict(m.grids)
     for name, grid in chosen.items():
         form = m.plan[name]
         assert form is not None  # it has a grid
         lo, hi = (torch.full_like(grid.zero, end) for end in (form.lo, form.hi))
         grids[name] = replace(grid, lo=lo, hi=hi)
-    return replace(m, grids=grids | _clamped(m, grids)) if chosen else m
+    return replace(m, grids=grids | _clamped(m, grids))
 
 
 def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict[str, Grid]:
