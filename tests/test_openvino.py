@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import halfbyte as hb
 import tiny
@@ -17,6 +19,7 @@ from halfbyte import engines
 from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
 from halfbyte.inspection import FileFacts
+from halfbyte.parity import Difference, Parity
 from halfbyte.parity_openvino import compare_openvino
 from halfbyte.targets import find
 
@@ -102,6 +105,58 @@ def test_strided_convolutions_of_one_tap_compute_what_they_did(tmp_path: Path) -
     assert strides == [[1, 1]] * 6 and sum(n.op_type == "MaxPool" for n in nodes) == 1
     way = forwards(m, tmp_path / "net.onnx")
     assert torch.allclose(way["file"](x), way["simulation"](x), atol=0.05 * float(way["float"](x).abs().max()))
+
+
+class Pooled(nn.Module):
+    """An average of codes that float operations read, of one value or of several, or with zeros around it; or tokens."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first, self.second = way, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        channels = 32 if way == "joined" else 16
+        self.norm, self.last, self.head = nn.BatchNorm2d(channels), nn.Conv2d(channels, 10, 1), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        y = self.second(x)
+        if self.way == "tokens":
+            return self.head(y.flatten(2).transpose(1, 2))
+        if self.way == "padded":
+            return self.last(F.avg_pool2d(y, 3, 2, 1)).mean((2, 3))
+        y = F.avg_pool2d(torch.cat([x, y], 1) if self.way == "joined" else y, 2)
+        return self.last(torch.relu(self.norm(y))).mean((2, 3))
+
+
+@needs_openvino
+@pytest.mark.parametrize("way", ["plain", "joined", "padded", "tokens"])
+def test_averages_and_tokens_are_what_the_engine_makes_of_them(tmp_path: Path, way: str) -> None:
+    x = F.interpolate(torch.randn(16, 3, 8, 8), scale_factor=2, mode="bilinear")
+    net = Pooled(way)
+    net(x)  # batch norms of the data
+    m = quantized(net, x)
+    p = hb.export_onnx(m, tmp_path / "net.onnx", samples=(x,))
+    assert p.proven and p.integer_max_steps <= 1 and p.integer_values >= 2
+    assert p.simulation_agreement == 1 or way == "tokens"
+    names = {n.name for n in onnx.load(str(tmp_path / "net.onnx")).graph.node if n.op_type == "DequantizeLinear"}
+    assert way != "tokens" or ("second" in names and "transpose" not in names)
+    assert way == "tokens" or m.plan["avg_pool2d"] is not None
+
+
+@needs_openvino
+def test_what_is_not_proven_with_a_free_batch_size_says_what_to_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unproven(low: hb.QModel, path: Path, samples: tuple[Tensor, ...]) -> Parity:
+        found = compare_openvino(low, path, samples)
+        return replace(found, proven=False, first_difference=Difference("stem", 1.0, 9.0, 4))
+
+    m = quantized(Residual(), torch.randn(8, 3, 16, 16))
+    hb.export_onnx(m, tmp_path / "net.onnx")
+    monkeypatch.setattr(sys.modules["halfbyte.export_onnx"], "compare_openvino", unproven)
+    with pytest.raises(hb.ParityError, match=r"value 'stem' .* try static_batch \(--static-batch 1\); it was left as"):
+        hb.export_onnx(m, tmp_path / "net.onnx")
+    with pytest.raises(hb.ParityError, match="computed 9; it was left as"):
+        hb.export_onnx(m, tmp_path / "net.onnx", static_batch=1)
 
 
 @needs_openvino

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxscript import opset21 as op
 from torch import fx
 
-from halfbyte import engines
+from halfbyte import engines, export_openvino
 from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
 from halfbyte.graph import editable, output_node
@@ -73,7 +73,7 @@ def export_onnx(
     if ports.input_names is not None:
         rename_inputs(model, ports.input_names)
     if engines.engine_of(m) == engines.OPENVINO:
-        _strides_to_pools(model)
+        export_openvino.arrange(model)
     unproven = path.with_name(path.stem + ".unproven.onnx")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def export_onnx(
     parity = prove(low, unproven, proof)
     if not parity.proven:
         raise ParityError(
-            _explain(m, parity, unproven), value=parity.first_difference.value if parity.first_difference else None
+            _explain(fixed, parity, unproven), value=parity.first_difference.value if parity.first_difference else None
         )
     os.replace(unproven, path)
     return parity
@@ -105,6 +105,8 @@ def _explain(m: QModel, parity: Parity, unproven: Path) -> str:
     why = ""
     if saturates() and not (m.target is not None and m.target.narrow_products):
         why = "; this CPU saturates pairs of 8-bit products: use the target variant that ends in -avx2"
+    elif m.dynamic and engines.engine_of(m) == engines.OPENVINO:
+        why = "; OpenVINO computes some networks wrongly while their batch size is free: try static_batch (--static-batch 1)"
     return f"the exported file is not proven: {parity.first_difference}{why}; it was left as '{unproven}'"
 
 
@@ -368,25 +370,6 @@ def _name_codes(node: ir.Node, name: str) -> None:
             if last.op_type in ("Clip", "Min"):
                 last.outputs[0].name = name.removesuffix(unclipped) + ":codes"
                 last.name = last.outputs[0].name
-
-
-def _strides_to_pools(model: ir.Model) -> None:
-    """A strided convolution of one tap becomes a pool of one tap and a convolution.
-
-    OpenVINO would move the stride in front of the dequantization, and then no longer see codes to compute with.
-    """
-    for node in list(model.graph):
-        strides = [int(s) for s in node.attributes["strides"].as_ints()] if node.op_type == "Conv" else []
-        weight = node.inputs[1].shape if strides else None
-        if weight is None or max(strides) == 1 or any(node.attributes["pads"].as_ints()):
-            continue
-        if all(d == 1 for d in list(weight)[2:]):
-            taps = {"kernel_shape": [1] * len(strides), "strides": strides}
-            pool = ir.node("MaxPool", [node.inputs[0]], taps, name=f"{node.name}:strides")
-            pool.outputs[0].name = pool.name
-            model.graph.insert_before(node, pool)
-            node.replace_input_with(0, pool.outputs[0])
-            node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
 
 
 def _pack(model: ir.Model) -> None:

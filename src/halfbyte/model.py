@@ -53,8 +53,9 @@ class Target:
     that no quantizer is needed behind them.
     per_channel: one weight scale for each output channel. narrow_products: on CPUs that add pairs of 8-bit products in 16
     bits, weights are held so small that no pair can saturate. fused_sums: a layer adds another value before it rounds, so that its
-    own result has no codes. asymmetric_weights: of few bits, they may have zero-points; the engine multiplies codes less zero-point,
-    which fit its 8 bits. bias_bits: how biases are stored. engine: who runs and proves the file.
+    own result has no codes. rounded_averages: an average over windows of codes is written as codes, whoever reads it.
+    asymmetric_weights: of few bits, they may have zero-points; the engine multiplies codes less zero-point, which fit its 8 bits.
+    bias_bits: how biases are stored. engine: who runs and proves the file.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Target:
     narrow_products: bool = False
     signed_activations: bool = False
     fused_sums: bool = False
+    rounded_averages: bool = False
     asymmetric_weights: bool = False
     bias_bits: int = 32
 

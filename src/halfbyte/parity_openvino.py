@@ -20,7 +20,7 @@ from halfbyte import engine, engine_openvino
 from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
 from halfbyte.model import Inputs, QModel
-from halfbyte.ops import DEQUANTIZE
+from halfbyte.ops import DEQUANTIZE, QUANTIZE
 from halfbyte.parity import Difference, Parity, same_decisions
 
 _BATCH = 4
@@ -70,11 +70,16 @@ def readable(low: QModel) -> dict[str, fx.Node]:
     }
 
 
+def _written(low: QModel) -> dict[str, fx.Node]:
+    """Values that are written as codes: name -> the node of the lowered graph that quantizes them."""
+    return {str(n.args[4]): n for n in low.graph.nodes if n.target is QUANTIZE}
+
+
 def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
     """Run the file on the samples and compare every value that is read as codes with the integer evaluation of ``low``."""
     data = path.read_bytes()
     plain = engine_openvino.session(data)
-    exposed, names = _expose(data, set(readable(low)))
+    exposed, names = _expose(data, {*readable(low), *_written(low)})
     instrumented = engine_openvino.session(exposed)
     seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, len(samples[0])
     step = _BATCH if low.dynamic else total
@@ -130,18 +135,26 @@ def _expose(data: bytes, covered: set[str]) -> tuple[bytes, dict[str, str]]:
 def _forced(
     low: QModel, batch: Inputs, real: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]], seen: _Seen
 ) -> tuple[Tensor, ...]:
-    """The integer evaluation that compares each value as it is read, and goes on with the engine's."""
-    nodes, params = readable(low), low.params
+    """The integer evaluation that compares each value as it is read, and goes on with the engine's.
 
-    def read(name: str, codes: Tensor) -> Tensor:
-        if name not in real or name not in nodes:
-            return codes
-        scale, zero = (params[str(nodes[name].args[i].target)] for i in (1, 2))  # type: ignore[union-attr]
+    Values that are moved before they are read are compared as they are written: the file dequantizes them there.
+    """
+    params, at_reading, at_writing = low.params, readable(low), _written(low)
+
+    def compared(node: fx.Node, name: str, codes: Tensor) -> Tensor:
+        scale, zero = (params[str(node.args[i].target)] for i in (1, 2))  # type: ignore[union-attr]
         got = torch.round(torch.from_numpy(real[name]) / scale) + zero.float()
         seen.add(name, codes, got)
         return got
 
-    return run_integer(low, batch, read=read)
+    def read(name: str, codes: Tensor) -> Tensor:
+        return compared(at_reading[name], name, codes) if name in real and name in at_reading else codes
+
+    def written(name: str, codes: Tensor) -> Tensor:
+        early = name in real and name in at_writing and name not in at_reading
+        return compared(at_writing[name], name, codes) if early else codes
+
+    return run_integer(low, batch, written, read=read)
 
 
 def _compare_outputs(seen: _Seen, low: QModel, expected: tuple[Tensor, ...], got: list[Tensor]) -> None:

@@ -30,7 +30,7 @@ from halfbyte.graph import (
     weight_of,
 )
 from halfbyte.model import LogEntry, QModel, Target, value_name
-from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, kind
+from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, base_name, kind
 from halfbyte.overrides import Overrides, apply_overrides, check_overrides, kept_in_float
 from halfbyte.targets import activation_format, weight_format
 
@@ -251,7 +251,8 @@ def _mark(graph: fx.Graph, target: Target, overrides: Overrides) -> _Marks:
             if not marks.reasons[node]:
                 marks.integer.add(node)
         elif node in able:
-            if any(u in marks.integer or u in wanted for u in readers):
+            rounded = target.rounded_averages and base_name(node).startswith("avg_pool")
+            if rounded or any(u in marks.integer or u in wanted for u in readers):
                 wanted.add(node)
             if readers and all(u in marks.integer for u in readers):
                 marks.integer.add(node)

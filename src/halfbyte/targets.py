@@ -42,8 +42,8 @@ ONNXRUNTIME_AVX2 = replace(ONNXRUNTIME, name="onnxruntime-avx2", narrow_products
 ONNXRUNTIME_PER_TENSOR = replace(ONNXRUNTIME, name="onnxruntime-per-tensor-vnni", per_channel=False)
 ONNXRUNTIME_PER_TENSOR_AVX2 = replace(ONNXRUNTIME_PER_TENSOR, name="onnxruntime-per-tensor-avx2", narrow_products=True)
 # OpenVINO 2026.4 on CPU keeps in integers what reads and writes codes, after its low-precision transformations; it takes a
-# sum into the layer before it and leaves out a rounding in between.
-OPENVINO = replace(ONNXRUNTIME, name="openvino-vnni", engine="openvino", fused_sums=True)
+# sum into the layer before it and leaves out a rounding in between; what it averages over windows of codes it rounds to codes.
+OPENVINO = replace(ONNXRUNTIME, name="openvino-vnni", engine="openvino", fused_sums=True, rounded_averages=True)
 OPENVINO_AVX2 = replace(OPENVINO, name="openvino-avx2", narrow_products=True)
 GENERIC = Target(
     name="generic",

@@ -1,0 +1,106 @@
+"""What a file must look like for OpenVINO to compute what it says: the same numbers, in another order of operations."""
+
+import numpy as np
+import onnx_ir as ir
+
+# They hand on the numbers that they read, whether these are codes or what the codes stand for.
+_MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def arrange(model: ir.Model) -> None:
+    """Change the file of a lowered model so that OpenVINO keeps to its arithmetic, and finds the integers in it."""
+    _strides_to_pools(model)
+    _pad_codes(model)
+    _dequantize_first(model)
+
+
+def _strides_to_pools(model: ir.Model) -> None:
+    """A strided convolution of one tap becomes a pool of one tap and a convolution.
+
+    OpenVINO would move the stride in front of the dequantization, and then no longer see codes to compute with.
+    """
+    for node in list(model.graph):
+        strides = [int(s) for s in node.attributes["strides"].as_ints()] if node.op_type == "Conv" else []
+        weight = node.inputs[1].shape if strides else None
+        if weight is None or max(strides) == 1 or any(node.attributes["pads"].as_ints()):
+            continue
+        if all(d == 1 for d in list(weight)[2:]):
+            taps = {"kernel_shape": [1] * len(strides), "strides": strides}
+            pool = ir.node("MaxPool", [node.inputs[0]], taps, name=f"{node.name}:strides")
+            pool.outputs[0].name = pool.name
+            model.graph.insert_before(node, pool)
+            node.replace_input_with(0, pool.outputs[0])
+            node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
+
+
+def _pad_codes(model: ir.Model) -> None:
+    """The zeros around an average pool of codes are written around the codes, as the code of zero.
+
+    OpenVINO pools the codes, and would pad them with code 0, whatever their zero-point.
+    """
+    for node in list(model.graph):
+        pads = [int(p) for p in node.attributes["pads"].as_ints()] if node.op_type == "AveragePool" else []
+        read = None if not any(pads) or node.inputs[0] is None else node.inputs[0].producer()
+        counted = "count_include_pad" in node.attributes and node.attributes["count_include_pad"].as_int()
+        if read is None or read.op_type != "DequantizeLinear" or not counted:
+            continue
+        half = len(pads) // 2
+        widths = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], dtype=np.int64)
+        size = ir.Value(name=f"{node.name}:pads", const_value=ir.Tensor(widths), shape=ir.Shape(widths.shape))
+        size.dtype = ir.DataType.INT64
+        model.graph.initializers.add(size)
+        padded = ir.node("Pad", [read.inputs[0], size, read.inputs[2]], name=f"{node.name}:padded")
+        real = ir.node("DequantizeLinear", [padded.outputs[0], *read.inputs[1:]], dict(read.attributes))
+        real.name = f"{node.name}:padded.real"
+        for new in (padded, real):
+            new.outputs[0].name = new.name
+            model.graph.insert_before(node, new)
+        node.replace_input_with(0, real.outputs[0])
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+
+
+def _dequantize_first(model: ir.Model) -> None:
+    """Codes that are moved before they are read are dequantized first, and the real numbers moved.
+
+    OpenVINO knows a quantizer by the dequantization right behind it. Further away it subtracts the zero-point on its own, in 8
+    bits with sign, where unsigned codes less their zero-point do not fit.
+    """
+    for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
+        codes = node.outputs[0]
+        moves, leaves = _moved(codes)
+        if not moves or any(list(n.inputs[1:]) != list(leaves[0].inputs[1:]) for n in leaves):
+            continue
+        if any(n.outputs[0] in model.graph.outputs for n in leaves):
+            continue
+        like = leaves[0]
+        real = ir.node("DequantizeLinear", [codes, *like.inputs[1:]], dict(like.attributes))
+        real.name = str(codes.name).removesuffix(":codes")
+        real.outputs[0].name = f"{real.name}:real"
+        model.graph.insert_after(node, real)
+        for move in moves:
+            if move.inputs[0] is codes:
+                move.replace_input_with(0, real.outputs[0])
+            for out in move.outputs:
+                out.dtype = like.outputs[0].dtype
+        for leaf in leaves:
+            read = real.outputs[0] if leaf.inputs[0] is codes else leaf.inputs[0]
+            for user, index in list(leaf.outputs[0].uses()):
+                user.replace_input_with(index, read)
+            model.graph.remove(leaf, safe=True)
+
+
+def _moved(codes: ir.Value) -> tuple[list[ir.Node], list[ir.Node]]:
+    """What moves these codes, and what dequantizes them, here or behind a move; nothing where anything else reads them."""
+    moves: list[ir.Node] = []
+    leaves: list[ir.Node] = []
+    waiting = list(codes.uses())
+    while waiting:
+        user, index = waiting.pop()
+        if user.op_type in _MOVES and index == 0:
+            moves.append(user)
+            waiting += [use for out in user.outputs for use in out.uses()]
+        elif user.op_type == "DequantizeLinear" and index == 0:
+            leaves.append(user)
+        elif user.op_type != "Shape":
+            return [], []
+    return moves, leaves
