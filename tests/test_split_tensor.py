@@ -263,6 +263,15 @@ def test_reconstruction_goes_on_from_a_split_model(base: hb.QModel) -> None:
     assert noise(solved) < noise(base)
 
 
+@pytest.mark.parametrize("method", [hb.AdaRound(iterations=4), hb.AdaQuant(iterations=4)])
+def test_what_is_learned_by_gradients_goes_on_from_a_split_model(base: hb.QModel, method: Any) -> None:
+    split = hb.split_tensor(base, [(data(),)], share=0.2, activations=0.5)
+    assert not any(g.scale.is_inference() or g.lo.is_inference() for g in split.grids.values())
+    solved = hb.reconstruct(split, [(data(),)], method)
+    assert solved.tuned
+    assert noise(solved) <= noise(split) * 1.2
+
+
 class Pooled(nn.Module):
     """A value whose codes only move before a layer reads them, and a sum behind a layer that is read in two parts."""
 

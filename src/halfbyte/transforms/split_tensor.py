@@ -346,7 +346,6 @@ def _split_value(edit: Edit, node: fx.Node, h: Histogram, noise: float, work: fl
     edit.log.append(LogEntry("split_tensor", name, text, figures))
 
 
-@torch.inference_mode()
 def _measured(m: QModel, data: list[Inputs]) -> QModel:
     """Grids of what the parts put out in the quantized network: in float the residuals would be zero."""
     planned = {n for n, f in m.plan.items() if f is not None and n not in m.ties and n not in m.grids}
@@ -360,7 +359,7 @@ def _measured(m: QModel, data: list[Inputs]) -> QModel:
             found[name] = found[name].merged(new) if name in found else new
         return quantize(name, x)
 
-    if wanted:
-        for batch in portions(m, data):
+    with torch.no_grad():  # not in inference mode: grids are read where scales and offsets are learned
+        for batch in portions(m, data) if wanted else ():
             run(m, batch, tap)
     return regridded(m, {n: MSE().activation(h, m.plan[n]) for n, h in found.items()})  # type: ignore[arg-type]
