@@ -7,9 +7,7 @@ Results go to ``benchmarks/results/classification-<network>.json``; ``benchmarks
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,16 +20,12 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 import halfbyte as hb
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.benchmark import float_file, interleaved
 from halfbyte.evaluate import evaluate, forwards, paired
 from halfbyte.job import Stages
 from halfbyte.run import run
-
-DATA = Path(os.environ["HALFBYTE_DATA"])
-RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(DATA))
-import zoo  # noqa: E402
 
 NETWORKS = ("efficientnet_lite0", "mobilenet_v2", "resnet50", "resnet20_cifar10", "resnet56_cifar10")
 

@@ -10,9 +10,7 @@ every row; ``benchmarks/tables.py`` makes BENCHMARKS.md from them.
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,15 +22,11 @@ import torch
 from torch import Tensor
 
 import halfbyte as hb
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.evaluate import evaluate, paired
 from halfbyte.run import Tap, keep
 from halfbyte.targets import find
-
-DATA = Path(os.environ["HALFBYTE_DATA"])
-RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(DATA))
-import zoo  # noqa: E402
 
 NETWORKS = ("mobilenet_v2", "efficientnet_lite0", "resnet50")
 TIMED = 100  # images of the float pass that the whole data-free path is compared with

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from dfq import RESULTS, environment, save, zoo
+from dfq import environment, save
+from given import RESULTS, zoo
 from halfbyte.chains import pairs
 from halfbyte.diagnose import diagnose
 from halfbyte.engine import saturates

@@ -16,7 +16,8 @@ import torch
 
 import halfbyte as hb
 from classification import NETWORKS
-from dfq import RESULTS, Reference, images_of, save, zoo
+from dfq import Reference, images_of, save
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.shown import plain
 from low_bits import scored

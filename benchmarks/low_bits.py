@@ -25,7 +25,8 @@ from torch import Tensor
 
 import halfbyte as hb
 from classification import NETWORKS, float_pass
-from dfq import RESULTS, Reference, environment, images_of, save, zoo
+from dfq import Reference, environment, images_of, save
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.evaluate import paired
 from halfbyte.job import Stages

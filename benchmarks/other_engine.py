@@ -18,7 +18,8 @@ from torch import Tensor
 
 import halfbyte as hb
 from classification import NETWORKS
-from dfq import RESULTS, Reference, images_of, save, zoo
+from dfq import Reference, images_of, save
+from given import RESULTS, zoo
 from halfbyte import engine, engine_openvino
 from halfbyte.benchmark import float_file, interleaved
 from halfbyte.integer import run_integer

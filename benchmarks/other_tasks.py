@@ -10,8 +10,6 @@ equal to the integer simulation value by value, and scored in ONNX Runtime. Resu
 import argparse
 import io
 import json
-import os
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,15 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import halfbyte as hb
+from given import DATA, RESULTS
 from halfbyte import engine
 from halfbyte.recipe import Recipe, load_recipe
 
-DATA = Path(os.environ["HALFBYTE_DATA"])
-RESULTS = Path(__file__).parent / "results"
-sys.path[:0] = [str(DATA), str(DATA / "models")]
-import eval_dense  # noqa: E402
-from bert import Bert  # noqa: E402
-from mnv2_dense import DeepLabV3MNV2, SSDLiteMNV2  # noqa: E402
+import eval_dense  # isort: skip
+from bert import Bert  # isort: skip
+from mnv2_dense import DeepLabV3MNV2, SSDLiteMNV2  # isort: skip
 
 TOKENS = 64
 Score = Callable[[Callable[..., Any]], float]

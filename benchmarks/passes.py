@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
-from dfq import RESULTS, environment, save, zoo
+from dfq import environment, save
+from given import RESULTS, zoo
 from halfbyte.job import Stages
 from solvers import calibrated
 

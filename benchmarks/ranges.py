@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 
 import halfbyte as hb
-from dfq import RESULTS, Reference, images_of, save, zoo
+from dfq import Reference, images_of, save
+from given import RESULTS, zoo
 from halfbyte.graph import is_depthwise, layers, weight_of
 from halfbyte.model import value_name
 from halfbyte.targets import GENERIC

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from classification import NETWORKS
-from dfq import RESULTS, environment, save, zoo
+from dfq import environment, save
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.affine import fake_quantize
 from halfbyte.graph import blocks, layers, macs

@@ -5,8 +5,8 @@
 Speed does not depend on the ranges, so 32 calibration images serve.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,14 +14,16 @@ import torch
 from onnxruntime.quantization import QuantType
 
 import halfbyte as hb
-from classification import NETWORKS, RESULTS, rival, speeds, zoo
+from classification import NETWORKS, rival, speeds
+from given import RESULTS, zoo
 from halfbyte import engine
 from halfbyte.benchmark import float_file
 
 
 def main() -> None:
-
-    for name in sys.argv[1:] or NETWORKS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    for name in parser.parse_args().networks:
         result = RESULTS / f"classification-{name}.json"
         net, example = getattr(zoo, name)()
         batches = list(zoo.calibration(name, 32))

@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 
 import halfbyte as hb
 from classification import float_pass
-from dfq import RESULTS, Reference, environment, images_of, save, zoo
+from dfq import Reference, environment, images_of, save
+from given import RESULTS, zoo
 from halfbyte.errors import UsageError
 from halfbyte.job import Stages
 from halfbyte.mixed import widths
