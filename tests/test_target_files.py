@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import halfbyte as hb
 import tiny
@@ -68,6 +70,28 @@ def test_the_plan_obeys_the_file_and_the_engine_of_its_base_proves(tmp_path: Pat
     rows = {r["name"]: r for r in described["layers"]}
     assert rows["first"]["integer"] and not rows["last"]["integer"]
     assert "per tensor" in next(v["format"] for v in described["values"] if v["name"] == "first.weight")
+
+
+class Tokens(nn.Module):
+    """Codes that move in front of a float operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x).permute(0, 2, 3, 1)))
+
+
+@pytest.mark.parametrize("bits", ["W8A8", "W4A4"])
+def test_running_values_with_sign_are_proven(tmp_path: Path, bits: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 8, 8)
+    file = written(tmp_path, "signed_activations = true\nper_channel = false")
+    m = hb.quantize(hb.capture(Tokens().eval(), x[:2]), [x], target=file, bits=bits)
+    assert all(f is None or f.signed for f in m.plan.values())
+    hb.export(m, tmp_path / "out")
+    assert hb.prove(tmp_path / "out").equal
 
 
 def test_an_engine_that_nobody_has_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.prove import SIGNED
 
 PROVIDER = "CPUExecutionProvider"
 # Operations that do arithmetic on codes, as ONNX Runtime names them after fusion.
@@ -36,6 +37,7 @@ def session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry(*SIGNED)
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimized is not None:

@@ -23,6 +23,8 @@ from halfbyte.shown import Shown
 
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
 PROVIDER = "CPUExecutionProvider"
+# Running values with sign stay as they are: on x86 the engine would make unsigned ones of them, and miss some.
+SIGNED = ("session.qdqisint8allowed", "1")
 FLOAT_TOLERANCE = 1e-4  # of outputs that float operations compute, relative to the largest
 _SUFFIX = ":codes"
 Array = np.ndarray[Any, Any]
@@ -150,6 +152,7 @@ class Engine:
 def _session(model: bytes) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*SIGNED)
     try:
         return ort.InferenceSession(model, options, providers=[PROVIDER])
     except Exception as error:
