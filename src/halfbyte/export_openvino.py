@@ -43,7 +43,7 @@ def _pad_codes(model: ir.Model) -> None:
         read = None if not any(pads) or node.inputs[0] is None else node.inputs[0].producer()
         counted = "count_include_pad" in node.attributes and node.attributes["count_include_pad"].as_int()
         if read is None or read.op_type != "DequantizeLinear" or not counted:
-            continue
+            continue  # else the dequantization stays, for the proof to see the value by
         half = len(pads) // 2
         widths = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], dtype=np.int64)
         size = ir.Value(name=f"{node.name}:pads", const_value=ir.Tensor(widths), shape=ir.Shape(widths.shape))
@@ -68,7 +68,7 @@ def _dequantize_first(model: ir.Model) -> None:
     for node in [n for n in model.graph if n.op_type == "QuantizeLinear"]:
         codes = node.outputs[0]
         moves, leaves = _moved(codes)
-        if not moves or any(list(n.inputs[1:]) != list(leaves[0].inputs[1:]) for n in leaves):
+        if not moves or not leaves or any(list(n.inputs[1:]) != list(leaves[0].inputs[1:]) for n in leaves):
             continue
         if any(n.outputs[0] in model.graph.outputs for n in leaves):
             continue

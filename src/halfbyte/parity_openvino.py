@@ -135,24 +135,24 @@ def _expose(data: bytes, covered: set[str]) -> tuple[bytes, dict[str, str]]:
 def _forced(
     low: QModel, batch: Inputs, real: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]], seen: _Seen
 ) -> tuple[Tensor, ...]:
-    """The integer evaluation that compares each value as it is read, and goes on with the engine's.
-
-    Values that are moved before they are read are compared as they are written: the file dequantizes them there.
+    """The integer evaluation that compares each value as it is written (what is only seen behind a move, or behind limits of its
+    codes, as it is read), and goes on with the engine's.
     """
     params, at_reading, at_writing = low.params, readable(low), _written(low)
 
-    def compared(node: fx.Node, name: str, codes: Tensor) -> Tensor:
-        scale, zero = (params[str(node.args[i].target)] for i in (1, 2))  # type: ignore[union-attr]
+    def compared(nodes: dict[str, fx.Node], name: str, codes: Tensor) -> Tensor:
+        if name not in real or name not in nodes:
+            return codes
+        scale, zero = (params[str(nodes[name].args[i].target)] for i in (1, 2))  # type: ignore[union-attr]
         got = torch.round(torch.from_numpy(real[name]) / scale) + zero.float()
         seen.add(name, codes, got)
         return got
 
-    def read(name: str, codes: Tensor) -> Tensor:
-        return compared(at_reading[name], name, codes) if name in real and name in at_reading else codes
-
     def written(name: str, codes: Tensor) -> Tensor:
-        early = name in real and name in at_writing and name not in at_reading
-        return compared(at_writing[name], name, codes) if early else codes
+        return compared(at_writing, name, codes)
+
+    def read(name: str, codes: Tensor) -> Tensor:
+        return codes if name in at_writing else compared(at_reading, name, codes)
 
     return run_integer(low, batch, written, read=read)
 
