@@ -149,8 +149,7 @@ def low_bits(found: list[dict[str, Any]]) -> list[str]:
         "a CPU where pairs of 8-bit products saturate, which is why accuracy does not compare between the two; their rows of",
         "blocks let the codes move when the whole network is tuned, are from before blocks that together make the outputs worse",
         "were undone, and read all values in one part. What rounding alone decides moves points as another seed does, which",
-        "chooses the positions that layers are solved on. Nothing in",
-        "Halfbyte was set on EfficientNet-lite1 or ResNet56.",
+        "chooses the positions that layers are solved on. Nothing in Halfbyte was set on EfficientNet-lite1 or ResNet56.",
         "",
         *(["![Difference from float over time](docs/low-bits.png)", ""] if (HERE.parent / "docs/low-bits.png").exists() else []),
     ]  # fmt: skip

@@ -9,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.prove import SIGNED
+from halfbyte.sessions import session as session  # noqa: PLC0414 - callers know it as engine.session
 
-PROVIDER = "CPUExecutionProvider"
 # Operations that do arithmetic on codes, as ONNX Runtime names them after fusion.
 INTEGER_KERNELS = (
     "QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger QLinearAdd QLinearMul QLinearConcat "
@@ -28,26 +25,6 @@ _MOVES = set(
     "NhwcMaxPool Range ReorderInput ReorderOutput Reshape Shape Size Slice Split Squeeze Tile Transpose "
     "Unsqueeze DepthToSpace SpaceToDepth Sum".split()
 )
-
-
-def session(
-    model: str | Path | bytes, *, threads: int | None = None, optimized: Path | None = None
-) -> ort.InferenceSession:
-    """A CPU session with all of the engine's optimizations. optimized: where to write the graph that it runs."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.add_session_config_entry(*SIGNED)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return ort.InferenceSession(source, options, providers=[PROVIDER])
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
 
 
 def infer(s: Any, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -> list[np.ndarray[Any, Any]]:

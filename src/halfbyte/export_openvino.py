@@ -43,7 +43,7 @@ def _pad_codes(model: ir.Model) -> None:
         read = None if not any(pads) or node.inputs[0] is None else node.inputs[0].producer()
         counted = "count_include_pad" in node.attributes and node.attributes["count_include_pad"].as_int()
         if read is None or read.op_type != "DequantizeLinear" or not counted:
-            continue  # else the dequantization stays, for the proof to see the value by
+            continue
         half = len(pads) // 2
         widths = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], dtype=np.int64)
         size = ir.Value(name=f"{node.name}:pads", const_value=ir.Tensor(widths), shape=ir.Shape(widths.shape))
@@ -55,7 +55,7 @@ def _pad_codes(model: ir.Model) -> None:
         for new in (padded, real):
             new.outputs[0].name = new.name
             model.graph.insert_before(node, new)
-        node.replace_input_with(0, real.outputs[0])
+        node.replace_input_with(0, real.outputs[0])  # the other dequantization stays: by it the proof sees the value
         node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
 
 

@@ -15,6 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
+from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
 
 # All values of this many samples are held at once.
@@ -66,7 +67,7 @@ class Parity(Shown):
     kernels: dict[str, int] = field(default_factory=dict)
     float_nodes: tuple[tuple[str, str], ...] = ()
     engine_name: str = "ONNX Runtime"
-    provider: str = engine.PROVIDER
+    provider: str = PROVIDER
     integer_max_steps: int = 0
     differing: tuple[tuple[str, int, int], ...] = ()
     observed_alike: bool = True

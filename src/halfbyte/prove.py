@@ -19,12 +19,10 @@ import numpy as np
 import onnxruntime as ort
 
 from halfbyte.errors import HalfbyteError, ParityError, StoreError, UsageError
+from halfbyte.sessions import PROVIDER, session
 from halfbyte.shown import Shown
 
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
-PROVIDER = "CPUExecutionProvider"
-# Running values with sign stay as they are: on x86 the engine would make unsigned ones of them, and miss some.
-SIGNED = ("session.qdqisint8allowed", "1")
 FLOAT_TOLERANCE = 1e-4  # of outputs that float operations compute, relative to the largest
 _SUFFIX = ":codes"
 Array = np.ndarray[Any, Any]
@@ -135,7 +133,7 @@ class Engine:
     """A file in the engine as it is, and once more with the codes of its quantized values as outputs."""
 
     def __init__(self, model: bytes, values: list[str]) -> None:
-        self.plain, self.looking = _session(model), _session(exposed(model, values))
+        self.plain, self.looking = session(model), session(exposed(model, values))
 
     def run(self, inputs: list[Array]) -> tuple[list[Array], dict[str, Array]]:
         """Outputs of the file, and the codes by value. Raises :class:`ParityError` if looking changes what is computed."""
@@ -147,17 +145,6 @@ class Engine:
             if not np.array_equal(found[o.name], a):
                 raise ParityError(f"output '{o.name}' changes where intermediate values are looked at", value=o.name)
         return outputs, {n.removesuffix(_SUFFIX): a for n, a in found.items() if n.endswith(_SUFFIX)}
-
-
-def _session(model: bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(*SIGNED)
-    try:
-        return ort.InferenceSession(model, options, providers=[PROVIDER])
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HalfbyteError(f"ONNX Runtime {ort.__version__} cannot load the file: {first}") from error
 
 
 def _compared(data: bytes, described: dict[str, Any], arrays: dict[str, Array], engine: str, made_on: str) -> Proof:
