@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -506,6 +508,25 @@ def test_limits_of_channels_end_where_pictures_are_flattened() -> None:
     (exact,) = hb.predict(q, (x,))
     assert simulated.shape == exact.shape == (64, 5)
     assert float((simulated - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("clamp", "limits"), [(nn.ReLU6(), {"Min"}), (nn.Hardtanh(-0.5, 0.7), {"Max", "Min"}), (nn.ReLU(), set())]
+)
+def test_limits_of_channels_cost_an_engine_little(clamp: nn.Module, limits: set[str], tmp_path: Path) -> None:
+    """No operation for a limit that the codes' type sets anyway, and rows of limits where pixels are short."""
+    torch.manual_seed(0)
+    net = block(nn.Conv2d(3, 6, 3), clamp, nn.Conv2d(6, 4, 3))
+    with torch.no_grad():
+        for p in net[0].parameters():
+            p.mul_(torch.logspace(-1, 1, 6).reshape(-1, *[1] * (p.ndim - 1)))
+    x = torch.randn(64, 3, 8, 8)
+    parity = hb.export_onnx(hb.quantize(net, x), tmp_path / "net.onnx")
+    assert parity.proven and "Expand" not in parity.kernels  # folded when the file is loaded
+    nodes = onnx.load(tmp_path / "net.onnx").graph.node
+    found = [n for n in nodes if n.op_type in ("Max", "Min")]
+    assert {n.op_type for n in found} == limits and not any(n.op_type == "Clip" for n in nodes)
+    assert len([n for n in nodes if n.op_type == "Expand"]) == len(found)
 
 
 @pytest.mark.parametrize("fixed", ["stem", "relu.1", "b", "relu.3", "c", "add", "relu6", "flatten"])

@@ -159,7 +159,10 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
     model = program.model
     _fold_sizes(model)
     _keep_in_float(model)
+    _drop_idle_limits(model)
     _restore_names(model, original)
+    if engines.engine_of(low) == engines.ONNXRUNTIME:
+        _limits_in_rows(model)
     if container == "packed":
         _pack(model)
     _strip(model, metadata or {})
@@ -296,6 +299,45 @@ def _fold_sizes(model: ir.Model) -> None:
         optimizer.remove_unused_nodes(model)
 
 
+def _drop_idle_limits(model: ir.Model) -> None:
+    """A lower limit of codes that their type sets anyway costs a pass over them, and no engine sees that it does nothing."""
+    for node in list(model.graph):
+        limit = node.inputs[1] if node.op_type == "Max" else None
+        codes = None if limit is None or limit.const_value is None else limit.const_value.numpy()
+        if codes is None or not np.issubdtype(codes.dtype, np.integer) or (codes > np.iinfo(codes.dtype).min).any():
+            continue
+        for user, index in list(node.outputs[0].uses()):
+            user.replace_input_with(index, node.inputs[0])
+        model.graph.remove(node, safe=True)
+        if limit is not None and not limit.uses():
+            del model.graph.initializers[str(limit.name)]
+
+
+def _limits_in_rows(model: ir.Model) -> None:
+    """Limits of few channels are repeated along the last dimension of an image; the engine folds that when it loads the file.
+
+    ONNX Runtime lays images out with their channels last, and starts anew at every pixel where limits are as short as a pixel:
+    of 32 channels that takes four times as long as rows do.
+    """
+    for node in [n for n in model.graph if n.op_type in ("Max", "Min")]:
+        x, limit = node.inputs
+        shape = [] if limit is None or limit.const_value is None else list(limit.const_value.shape)
+        made = None if x is None else x.producer()
+        image = made.inputs[0] if made is not None and made.op_type == "Max" else x  # whose shape is known
+        width = image.shape[-1] if image is not None and image.shape is not None and len(image.shape) == 4 else None
+        if len(shape) != 3 or shape[0] >= _LONG_PIXEL or not isinstance(width, int) or width == 1:
+            continue
+        size = np.array([shape[0], 1, width], dtype=np.int64)
+        to = ir.Value(name=f"{node.outputs[0].name}:rows", const_value=ir.Tensor(size), shape=ir.Shape(size.shape))
+        to.dtype = ir.DataType.INT64
+        model.graph.initializers.add(to)
+        rows = ir.node("Expand", [limit, to], name=str(to.name))
+        rows.outputs[0].name = f"{to.name}:limits"
+        model.graph.insert_before(node, rows)
+        node.replace_input_with(1, rows.outputs[0])
+
+
+_LONG_PIXEL = 512  # channels
 _LAYERS = {"Conv", "ConvTranspose", "Gemm"}
 _PASSED = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
