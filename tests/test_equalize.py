@@ -527,6 +527,8 @@ def test_limits_of_channels_cost_an_engine_little(clamp: nn.Module, limits: set[
     found = [n for n in nodes if n.op_type in ("Max", "Min")]
     assert {n.op_type for n in found} == limits and not any(n.op_type == "Clip" for n in nodes)
     assert len([n for n in nodes if n.op_type == "Expand"]) == len(found)
+    hb.export_onnx(hb.quantize(net, x, target="generic"), tmp_path / "device.onnx")
+    assert not any(n.op_type == "Expand" for n in onnx.load(tmp_path / "device.onnx").graph.node)
 
 
 @pytest.mark.parametrize("fixed", ["stem", "relu.1", "b", "relu.3", "c", "add", "relu6", "flatten"])
