@@ -142,6 +142,33 @@ def test_averages_and_tokens_are_what_the_engine_makes_of_them(tmp_path: Path, w
     assert way == "tokens" or m.plan["avg_pool2d"] is not None
 
 
+class Tokens(nn.Module):
+    """Linear layers on tokens joined along one dimension, with a learned token or with each other."""
+
+    def __init__(self, dim: int, learned: bool) -> None:
+        super().__init__()
+        self.first, self.other, self.learned, self.dim = nn.Linear(6, 8), nn.Linear(6, 8), learned, dim
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.second, self.head = nn.Linear(8 if dim == 1 else 16, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.token.expand(x.shape[0], -1, -1) if self.learned else self.other(x)
+        y = torch.cat([other, self.first(x)], self.dim)
+        return self.head(torch.relu(self.second(y))[:, 0])
+
+
+@needs_openvino
+@pytest.mark.parametrize(("dim", "learned"), [(1, True), (1, False), (-1, False)])
+@pytest.mark.parametrize("batch", [None, 1])
+def test_joined_tokens_are_read_by_linear_layers(tmp_path: Path, dim: int, learned: bool, batch: int | None) -> None:
+    x = torch.randn(16, 7, 6)
+    m = quantized(Tokens(dim, learned), x)
+    p = hb.export_onnx(m, tmp_path / "net.onnx", samples=(x,), static_batch=batch)
+    assert p.proven and p.integer_max_steps <= 1 and p.simulation_agreement == 1
+    assert m.plan["cat"] is not None
+    onnx.checker.check_model(onnx.load(str(tmp_path / "net.onnx")), full_check=True)
+
+
 @needs_openvino
 def test_what_is_not_proven_with_a_free_batch_size_says_what_to_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

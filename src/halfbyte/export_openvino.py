@@ -11,6 +11,7 @@ def arrange(model: ir.Model) -> None:
     """Change the file of a lowered model so that OpenVINO keeps to its arithmetic, and finds the integers in it."""
     _strides_to_pools(model)
     _pad_codes(model)
+    _join_codes(model)
     _dequantize_first(model)
 
 
@@ -57,6 +58,33 @@ def _pad_codes(model: ir.Model) -> None:
             model.graph.insert_before(node, new)
         node.replace_input_with(0, real.outputs[0])  # the other dequantization stays: by it the proof sees the value
         node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+
+
+def _join_codes(model: ir.Model) -> None:
+    """Tokens that are joined and then quantized are quantized first, and their codes joined.
+
+    The numbers are the same. OpenVINO takes the scales of what it joins behind the junction, a scale for each token, and then cannot
+    load a matrix product that reads them.
+    """
+    for node in [n for n in model.graph if n.op_type == "Concat"]:
+        joined, uses = node.outputs[0], list(node.outputs[0].uses())
+        axis, rank = node.attributes["axis"].as_int(), 0 if joined.shape is None else len(joined.shape)
+        written = uses[0][0] if len(uses) == 1 else None
+        if rank < 3 or axis in (-1, rank - 1) or written is None or written.op_type != "QuantizeLinear":
+            continue
+        _, leaves = _moved(written.outputs[0])
+        if not any(user.op_type == "MatMul" for leaf in leaves for user, _ in leaf.outputs[0].uses()):
+            continue
+        for i, part in enumerate(node.inputs):
+            codes = ir.node("QuantizeLinear", [part, *written.inputs[1:]], dict(written.attributes))
+            codes.name = codes.outputs[0].name = f"{written.outputs[0].name}:{i}"
+            model.graph.insert_before(node, codes)
+            node.replace_input_with(i, codes.outputs[0])
+        name, codes_type = written.outputs[0].name, written.outputs[0].dtype
+        for user, index in list(written.outputs[0].uses()):
+            user.replace_input_with(index, joined)
+        model.graph.remove(written, safe=True)
+        joined.name, joined.dtype = name, codes_type
 
 
 def _dequantize_first(model: ir.Model) -> None:
