@@ -22,7 +22,7 @@ from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
 from halfbyte.refinement import LEARNED, Clock, Env, Part, Rates, Refined, Rounding, descend, execute
-from halfbyte.run import fitting, laid_out, last_uses
+from halfbyte.run import fitting, fixed_batch, laid_out, last_uses
 from halfbyte.store import load, save
 
 _KEPT = "blocks"  # the folder of the model behind the last finished block
@@ -76,6 +76,7 @@ def refine(
     """
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
+    check(m)
     options = options or Blocks()
     store = Kept(kept, options, seed)
     m, done = _resumed(m, kept, store.identity)
@@ -99,6 +100,14 @@ def refine(
             quantized.advanced(m, nodes, rounded=True)
             progress("blocks", i + 1, len(found))
     return m
+
+
+def check(m: QModel) -> None:
+    """Raise :class:`UsageError` for a network whose blocks cannot be refined."""
+    fixed = fixed_batch(m)
+    if fixed is not None:
+        text = f"the network takes {fixed} samples at a time, and blocks are refined on any number of them"
+        raise UsageError(f"{text}: free its batch size, or choose --rounding descent (hb.Descent)")
 
 
 def _resumed(m: QModel, kept: Path | None, identity: str) -> tuple[QModel, int]:

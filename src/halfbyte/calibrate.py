@@ -31,7 +31,7 @@ from halfbyte.grids import MSE, GridRule, MinMax, cross_entropy, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
 from halfbyte.ops import CLAMP_CHANNELS, CONV_TRANSPOSE, LINEAR, clamp_bounds, is_tensor
-from halfbyte.run import portions, run
+from halfbyte.run import fixed_batch, portions, run
 from halfbyte.stats import SAMPLED, Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
@@ -154,16 +154,18 @@ def calibrate(
     """
     _check_planned(m)
     kept: list[Inputs] = []
+    unit = fixed_batch(m) or 1
+    proof = max(unit, PROOF_SAMPLES // unit * unit)
     if data is None:
         observed = expect(m, overrides)
         kept = [synthetic_inputs(m, overrides or {})]
     else:
-        observed = observe(m, _keeping(data, kept), progress=progress)
+        observed = observe(m, _keeping(data, kept, proof), progress=progress)
     histograms = observed.histograms
     m = replace(
         m,
         calibrated=observed.samples,
-        samples=tuple(torch.cat(parts)[:PROOF_SAMPLES] for parts in zip(*kept, strict=True)),
+        samples=tuple(torch.cat(parts)[:proof] for parts in zip(*kept, strict=True)),
     )
     rule = activations or (MSE() if data is not None else MinMax())
     chosen = {name: rule.activation(h, m.plan[name]) for name, h in histograms.items()}  # type: ignore[arg-type]
@@ -202,11 +204,11 @@ def synthetic_inputs(m: QModel, ranges: Mapping[str, tuple[float, float]], sampl
     return tuple(found)
 
 
-def _keeping(data: Batches, kept: list[Inputs]) -> Iterator[Inputs]:
+def _keeping(data: Batches, kept: list[Inputs], count: int) -> Iterator[Inputs]:
     """Pass the data through and remember its first samples."""
     for batch in data:
-        if sum(len(b[0]) for b in kept) < PROOF_SAMPLES:
-            kept.append(tuple(t[:PROOF_SAMPLES].detach().clone() for t in batch))
+        if sum(len(b[0]) for b in kept) < count:
+            kept.append(tuple(t[:count].detach().clone() for t in batch))
         yield batch
 
 

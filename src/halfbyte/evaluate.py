@@ -23,7 +23,7 @@ from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.output import Result, keep, opened
 from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
-from halfbyte.run import run, simulate
+from halfbyte.run import fixed_batch, in_batches, run, simulate
 from halfbyte.scoring import open_data
 from halfbyte.shown import Shown, plain
 
@@ -113,7 +113,7 @@ def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dic
 
     ways: dict[str, Forward] = {
         "float": lambda *x: single(predict(reference, x)),
-        "simulation": lambda *x: single(run_integer(low, x)),
+        "simulation": lambda *x: single(in_batches(low, x, lambda some: run_integer(low, some))),
     }
     if file is not None:
         s = engines.opened(engines.engine_of(m), file, threads=threads)
@@ -157,7 +157,15 @@ def evaluate(
     if own is not None:
         found = _by_metric(ways, source, own, progress)
     else:
-        inputs = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
+        free = fixed_batch(m) is not None  # any number of samples is run as often as it takes
+        inputs = [
+            (
+                str(n.target),
+                ("batch", *n.meta["shape"][1:]) if free else n.meta["shape"],
+                getattr(torch, n.meta["dtype"]),
+            )
+            for n in m.inputs
+        ]
         found = _classification(ways, source, inputs, progress)
     keep(output, described, evaluation=found)
     return found

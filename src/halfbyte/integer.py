@@ -27,7 +27,7 @@ from halfbyte.ops import (
     aten,
     kind,
 )
-from halfbyte.run import evaluate_plainly, keep, run
+from halfbyte.run import evaluate_plainly, in_batches, keep, run
 from halfbyte.sums import conv_sums, matmul_sums
 
 
@@ -91,8 +91,9 @@ def predict(m: QModel, x: Inputs) -> Outputs:
     """
     if not m.grids:
         with torch.inference_mode():
-            return run(m, x)
-    return run_integer(lower(m), x)
+            return in_batches(m, x, lambda some: run(m, some))
+    low = lower(m)
+    return in_batches(low, x, lambda some: run_integer(low, some))
 
 
 def run_simulated(low: QModel, x: Inputs) -> Outputs:

@@ -15,6 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
+from halfbyte.run import fixed_batch
 from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
 
@@ -131,7 +132,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     kernels, floats = engine.kernels(engine.optimized_graph(data))
     count, written = _Count(), integer_written(low)
     agreed, farthest, total = 0, 0.0, len(samples[0])
-    step = _BATCH if low.dynamic else total
+    step = _BATCH if low.dynamic else fixed_batch(low) or total
     for start in range(0, total, step):
         batch = tuple(t[start : start + step] for t in samples)
         outputs = engine.infer(plain, batch)

@@ -22,6 +22,7 @@ from halfbyte.integer import run_integer
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
 from halfbyte.parity import Difference, Parity, same_decisions
+from halfbyte.run import fixed_batch
 
 _BATCH = 4
 _FLOAT_TOLERANCE = 1e-4
@@ -82,7 +83,7 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
     exposed, names = _expose(data, {*readable(low), *_written(low)})
     instrumented = engine_openvino.session(exposed)
     seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, len(samples[0])
-    step = _BATCH if low.dynamic else total
+    step = _BATCH if low.dynamic else fixed_batch(low) or total
     for start in range(0, total, step):
         batch = tuple(t[start : start + step] for t in samples)
         outputs = [torch.from_numpy(a) for a in engine.infer(plain, batch)]

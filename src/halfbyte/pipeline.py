@@ -13,14 +13,14 @@ from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
 from halfbyte.engines import here
-from halfbyte.errors import UsageError
+from halfbyte.errors import DataError, UsageError
 from halfbyte.grids import GridRule
 from halfbyte.mixed import Widths, widths
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Recipe, check, follow, load_recipe
-from halfbyte.run import run
+from halfbyte.run import fixed_batch, run
 from halfbyte.steps import Context
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
@@ -171,8 +171,13 @@ def load_samples(
     batch: int = 32,
     seed: int = 0,
 ) -> Samples:
-    """Open unlabelled data for a network and check that its first batch fits the network's inputs."""
-    names = [str(n.target) for n in model.inputs]
+    """Open unlabelled data for a network and check that its first batch fits the network's inputs.
+
+    A network of a fixed batch gets batches of that size, whatever ``batch`` says; those that come ready made may be larger.
+    """
+    names, fixed = [str(n.target) for n in model.inputs], fixed_batch(model)
+    if fixed is not None:
+        batch, samples = fixed, max(fixed, samples // fixed * fixed)
     source = (
         data
         if isinstance(data, Samples)
@@ -180,6 +185,13 @@ def load_samples(
     )
     expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in model.inputs]
     for first in source:
+        count = len(first[0]) if first and first[0].ndim else 0
+        if fixed is not None and 0 < count < fixed:
+            raise DataError(
+                f"{source.description}: batch 0 has {count} samples, and the network takes {fixed} at a time: give at least that many"
+            )
+        if fixed is not None:  # more are run in portions
+            expected = [(name, ("batch", *shape[1:]), dtype) for name, shape, dtype in expected]
         check_inputs(first, expected, f"{source.description}, batch 0")
         break
     return source

@@ -21,6 +21,7 @@ from halfbyte.ops import CLIP_CODES, QUANTIZE
 from halfbyte.parity import exposed_values, from_integers, integer_written
 from halfbyte.ports import Ports
 from halfbyte.prove import VERSION, Array, Engine, digest
+from halfbyte.run import fixed_batch
 from halfbyte.store import write_whole
 
 SAMPLES = 4
@@ -38,7 +39,7 @@ def write_proof(m: QModel, file: Path, path: Path, ports: Ports | None = None) -
     ports = ports or Ports()
     low, samples = lowered(m, ports)
     data = file.read_bytes()
-    rows = 1 if low.dynamic else len(samples[0])
+    rows = 1 if low.dynamic else fixed_batch(low) or len(samples[0])
     if ports.static_batch is not None:  # there may be fewer samples than the file takes at once
         rows = ports.static_batch
         samples = tuple(t[torch.arange(max(rows, len(t))) % len(t)] for t in samples)

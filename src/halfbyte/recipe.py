@@ -55,7 +55,7 @@ def front_of(
         options = {PYTHON_NAMES.get(k, k): v for k, v in step.items() if k not in ("step", "guard")}
         if step["step"] == "allocate":
             method, metric = options.pop("method", "nearest"), options.pop("metric", "auto")
-            return swept(candidates(m, c, method, metric, options), c.held_out(), name=name, by=by, points=points)
+            return swept(candidates(m, c, method, metric, options), c.held_out(m), name=name, by=by, points=points)
         m = STEPS[step["step"]](m, c, **options)
     raise UsageError(f"recipe '{recipe.name}' places nothing: it needs the steps place and calibrate, or allocate")
 
@@ -184,11 +184,11 @@ def _choosing(recipe: Recipe) -> tuple[Mapping[str, Any], ...]:
 
 
 def _guarded(name: str, before: QModel, after: QModel, c: Context, placed: bool) -> QModel:
-    held_out = c.held_out()
+    held_out = c.held_out(before)
     figures = [noise_to_signal(v if placed else _finished(v, c), held_out, before.as_float()) for v in (before, after)]
     return better(name, before, after, figures)
 
 
 def _finished(m: QModel, c: Context) -> QModel:
     """A quick quantization, to judge float transforms by."""
-    return calibrate(place_step(m, c), c.few(), overrides={})
+    return calibrate(place_step(m, c), c.few(m), overrides={})

@@ -25,7 +25,7 @@ from halfbyte.graph import bias_of, layers, macs, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
-from halfbyte.run import portions
+from halfbyte.run import fixed_batch, portions
 from halfbyte.second_moments import Patches, gathered, joined
 from halfbyte.walk import Frontier, read_alone, walk
 
@@ -61,7 +61,7 @@ def reconstruct(
     """
     if not m.grids or m.target is None:
         raise UsageError("there is no grid to round to yet: call place and calibrate before reconstruct")
-    fit, held = (list(portions(m, part)) for part in split(data))
+    fit, held = (list(portions(m, part)) for part in split(data, unit=fixed_batch(m)))
     order = {layer: i for i, layer in enumerate(layers(m.graph))}
     clock = _Clock(solver, time_limit, [n for n in order if not why_not(m, n)])
     store = Kept(kept, solver, inputs, activations, seed, 0 if kept is None else fingerprint(m, [*fit, *held]))
@@ -122,11 +122,16 @@ def _parameters(m: QModel) -> set[str]:
     return {value_name(n) for n in m.graph.nodes if n.op == "get_attr"}
 
 
-def split(data: Iterable[Inputs], share: int = HELD_OUT) -> tuple[list[Inputs], list[Inputs]]:
-    """Samples to fit and samples to decide by: of every batch the last, one of ``share``; of small batches, the last of them."""
-    fit, held = [], []
+def split(data: Iterable[Inputs], share: int = HELD_OUT, unit: int | None = None) -> tuple[list[Inputs], list[Inputs]]:
+    """Samples to fit and samples to decide by: of every batch the last, one of ``share``; of small batches, the last of them.
+
+    unit: how many samples must stay together, for a network of a fixed batch; what is less is left out.
+    """
+    fit, held, unit = [], [], unit or 1
     for batch in data:
-        cut = len(batch[0]) - len(batch[0]) // share
+        if len(batch[0]) < unit:
+            continue
+        cut = len(batch[0]) - len(batch[0]) // share // unit * unit
         fit.append(tuple(t[:cut] for t in batch))
         if cut < len(batch[0]):
             held.append(tuple(t[cut:] for t in batch))

@@ -17,7 +17,7 @@ from halfbyte.formats import Format
 from halfbyte.graph import is_real, output_values
 from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
-from halfbyte.run import portions
+from halfbyte.run import fixed_batch, portions
 
 FACTORS = (0.4, 0.5, 0.63, 0.8, 1.0, 1.26)  # on the scale
 _SAME = FACTORS.index(1.0)
@@ -59,7 +59,8 @@ def refine_ranges(
     if not batches:
         raise DataError("there are no data to refine ranges by")
     samples = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    cut = max(1, len(samples[0]) - len(samples[0]) // 4)
+    unit = fixed_batch(m) or 1
+    cut = max(unit, len(samples[0]) - len(samples[0]) // 4 // unit * unit)
     fit, held = (list(portions(m, [tuple(t[part] for t in samples)], _MOST)) for part in (slice(cut), slice(cut, None)))
     for i in range(_ROUNDS):
         changed = {n: e for n, e in _effects(m, fit, values, seed + i, progress).items() if e.best() != _SAME}

@@ -19,7 +19,7 @@ from halfbyte.formats import Format
 from halfbyte.graph import bias_of, input_axis, is_real, layers, twin_of, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.reconstruct import why_not
-from halfbyte.run import evaluate_plainly, fitting, last_uses
+from halfbyte.run import evaluate_plainly, fitting, fixed_batch, last_uses
 
 Learned = Literal["biases", "scales", "codes"]
 LEARNED: tuple[Learned, ...] = ("biases", "scales", "codes")
@@ -235,9 +235,9 @@ class Part(Rounding):
         """What later nodes, or nobody, read of what the nodes make of ``env``."""
         return execute(self.m, self.nodes, env, self, self.freed)
 
-    def free_biases(self, env: Env) -> None:
-        """Let biases move, in units of the standard deviation of what each layer puts out, [channels]."""
-        seen: dict[str, Tensor] = {}
+    def free_biases(self, *envs: Env) -> None:
+        """Let biases move, in units of the standard deviation of what each layer puts out, [channels]; of as many samples each."""
+        seen: dict[str, list[Tensor]] = {}
         wanted = set(self.layers)
 
         class Watch(Rounding):
@@ -245,13 +245,16 @@ class Part(Rounding):
                 bias = bias_of(node) if node in wanted else None
                 if bias is not None:
                     others = [d for d in range(x.ndim) if d != input_axis(node) % x.ndim]
-                    variance = x.square().mean(others) - x.mean(others).square()
-                    seen[str(bias.target)] = variance.clamp(min=0).sqrt()
+                    seen.setdefault(str(bias.target), []).append(torch.stack([x.mean(others), x.square().mean(others)]))
                 return super().value(node, x)
 
         with torch.no_grad():
-            execute(self.m, self.nodes, env, Watch(self.m), self.freed)
-        self.biases = {name: (torch.zeros_like(std), std) for name, std in seen.items()}
+            for env in envs:
+                execute(self.m, self.nodes, env, Watch(self.m), self.freed)
+        for name, moments in seen.items():
+            mean, square = torch.stack(moments).mean(0)
+            std = (square - mean.square()).clamp(min=0).sqrt()
+            self.biases[name] = torch.zeros_like(std), std
 
     def variables(self, rates: Rates) -> list[dict[str, Any]]:
         """Groups for the optimizer."""
@@ -359,7 +362,8 @@ def descend(
     done and in all; False ends the descent.
     """
     count, held = samples[0], torch.arange(*samples)
-    before = held_out_loss(loss, held, batch)
+    fixed = fixed_batch(part.m)
+    before = held_out_loss(loss, held, fixed or batch)
     best, least = part.state(), before
     optimizer = torch.optim.Adam(part.variables(rates(before)), betas=(0.9, 0.99))
     highest = [g["lr"] for g in optimizer.param_groups]
@@ -370,14 +374,14 @@ def descend(
         share = min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * share * 0.5 * (1 + math.cos(math.pi * step / steps))
-        at = torch.randint(0, count, (min(batch, count),), generator=part.generator)
+        at = torch.randint(0, count, (batch if fixed else min(batch, count),), generator=part.generator)
         optimizer.zero_grad()
         part.backward(loss, at)
         optimizer.step()
         step += 1
         going = tick(step, steps)
         if step % max(1, steps // checks) == 0 or step == steps or not going:
-            now = held_out_loss(loss, held, batch)
+            now = held_out_loss(loss, held, fixed or batch)
             if now < least:
                 best, least = part.state(), now
     return Refined(best, before, least, step)

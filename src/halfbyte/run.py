@@ -80,22 +80,46 @@ def _plain(x: Any) -> Any:
 
 def fitting(m: QModel, nodes: Iterable[fx.Node]) -> int:
     """How many samples run at a time through some nodes, so that memory stays small and running is fast."""
+    fixed = fixed_batch(m)
+    if fixed is not None:
+        return fixed
     shapes = [n.meta["shape"] for n in nodes if n.op != "get_attr" and is_tensor(n)]
     widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
     on_cpu = all(t.device.type == "cpu" for t in m.params.values())
     return max(_FEWEST, (_WIDEST if on_cpu else _WIDEST_ELSEWHERE) // max(1, widest))
 
 
+def fixed_batch(m: QModel) -> int | None:
+    """How many samples a network of a fixed batch takes; None where any number will do, or inputs do not agree."""
+    sizes = {n.meta["shape"][0] if n.meta["shape"] else "" for n in m.inputs}
+    (size,) = sizes if len(sizes) == 1 else ("",)
+    return size if isinstance(size, int) else None
+
+
 def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator[Inputs]:
     """The same samples, as many at a time as fit (:func:`fitting`), ``most`` at most.
 
-    Batches stay as they are where the network takes a fixed number of samples.
+    A network of a fixed batch gets batches of that size, and what does not fill one is left out; where its inputs do not agree on
+    it, batches stay as they are.
     """
     free = all(n.meta["shape"] and not isinstance(n.meta["shape"][0], int) for n in m.inputs)
-    count = min(most, fitting(m, m.graph.nodes)) if free else 0
+    fixed = fixed_batch(m)
+    count = fixed or (min(most, fitting(m, m.graph.nodes)) if free else 0)
     for batch in data:
         for i in range(0, len(batch[0]), count or max(1, len(batch[0]))):
-            yield tuple(t[i : i + count] for t in batch) if count else batch
+            if fixed is None or i + fixed <= len(batch[0]):
+                yield tuple(t[i : i + count] for t in batch) if count else batch
+
+
+def in_batches(m: QModel, x: Inputs, forward: Callable[[Inputs], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Outputs of any number of samples, of a network that may take a fixed number: the last batch is filled up and cut off again."""
+    fixed = fixed_batch(m)
+    count = len(x[0]) if x and x[0].ndim else 0
+    if fixed is None or fixed == count or not count:
+        return forward(x)
+    rows = [torch.arange(start, start + fixed).clamp(max=count - 1) for start in range(0, count, fixed)]
+    parts = [forward(tuple(t[at.to(t.device)] for t in x)) for at in rows]
+    return tuple(torch.cat(some)[:count] for some in zip(*parts, strict=True))
 
 
 def steps(

@@ -29,7 +29,7 @@ from halfbyte.preprocess import Preprocess
 from halfbyte.probes import Bench, Portion, bench, each_alone, left_in_float, probabilities, quantizers
 from halfbyte.provenance import Hashed, note_data
 from halfbyte.recipe import Recipe, load_recipe
-from halfbyte.run import run, simulate
+from halfbyte.run import fixed_batch, run, simulate
 from halfbyte.shown import Shown, plain
 
 _DOUBT = 0.16  # the chance, over all attempts, of calling a limit held that is not: one standard error of one attempt
@@ -139,7 +139,7 @@ def search(
         raise UsageError("max_drop counts decisions: it needs a network with one output of class scores [N, classes]")
     held = 0 if validation is not None else min(_MOST, max(_FEWEST, math.ceil(_PER_EVENT * 100 / max_drop)))
     source = Hashed(load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed))
-    fit, out = _split(source.samples(), samples, held)
+    fit, out = _split(source.samples(), samples, held, fixed_batch(model) or 1)
     portions: list[Portion] = [(x, None) for x in out] if validation is None else list(validation)
     if not portions:
         raise DataError("there are no samples to judge by")
@@ -149,8 +149,13 @@ def search(
     return hunt.found()
 
 
-def _split(source: Samples, samples: int, held: int) -> tuple[Samples, list[Inputs]]:
-    """Every few samples held out, so that both parts are of the same kind however the data are sorted."""
+def _chosen(i: int, held: int, total: int) -> bool:
+    """Whether this one of ``total`` is among the ``held`` that lie evenly among them."""
+    return (i + 1) * held // total > i * held // total
+
+
+def _split(source: Samples, samples: int, held: int, unit: int) -> tuple[Samples, list[Inputs]]:
+    """Every few samples held out, so that both parts are of the same kind however the data are sorted; ``unit`` samples together."""
     batches = [tuple(b) for b in source]
     total = sum(len(b[0]) for b in batches)
     held = held if total >= samples + held else min(held, total // 2)
@@ -160,7 +165,7 @@ def _split(source: Samples, samples: int, held: int) -> tuple[Samples, list[Inpu
     for b in batches:
         places = range(at, at + len(b[0]))
         at += len(b[0])
-        kept = torch.tensor([(i + 1) * held // total > i * held // total for i in places])
+        kept = torch.tensor([_chosen(i // unit, -(-held // unit), total // unit) for i in places])
         for part, mask in ((out, kept), (fit, ~kept)):
             if bool(mask.any()):
                 part.append(tuple(t[mask] for t in b))
@@ -275,7 +280,8 @@ class _Hunt:
 
     def _worst(self, m: QModel) -> list[str]:
         """Layers by what the rounding around them costs: that of their weight, or of a value that they write or read."""
-        few = [(tuple(t[:_SENSITIVE] for t in x), None) for x, _ in self.bench.portions[:1]]
+        most = fixed_batch(m) or _SENSITIVE
+        few = [(tuple(t[:most] for t in x), None) for x, _ in self.bench.portions[:1]]
         nodes, every = by_value(m.graph), set(layers(m.graph))
         found: dict[str, None] = {}
         for value in each_alone(m, bench(m, few)):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from halfbyte.blocks import Blocks, refine
+from halfbyte.blocks import check as check_blocks
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, calibrate
 from halfbyte.correct import correct_bias
@@ -28,6 +29,7 @@ from halfbyte.place import place
 from halfbyte.reconstruct import reconstruct, split
 from halfbyte.refine_ranges import refine_ranges
 from halfbyte.refinement import LEARNED, Learned
+from halfbyte.run import fixed_batch
 from halfbyte.transforms.absorb_bias import absorb_bias
 from halfbyte.transforms.equalize import WIDE, equalize
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
@@ -78,21 +80,23 @@ class Context:
         w, a = pair.weights, pair.activations
         return replace(self, weight_bits=w, activation_bits=a, widths=None, choosing=self.widths, kept=kept)
 
-    def few(self) -> list[Inputs]:
+    def few(self, m: QModel) -> list[Inputs]:
         """Some samples for steps that need only channel statistics, none of them held out."""
-        return [] if self.source is None else _taken(iter(self.source), FEW, skip=HELD_OUT)
+        return [] if self.source is None else _taken(m, self.source, FEW, skip=HELD_OUT)
 
-    def lazily(self) -> Iterator[Inputs]:
+    def lazily(self, m: QModel) -> Iterator[Inputs]:
         """The same, read only if somebody wants them."""
-        yield from self.few()
+        yield from self.few(m)
 
-    def held_out(self) -> list[Inputs]:
+    def held_out(self, m: QModel) -> list[Inputs]:
         """Samples that decide between two models."""
-        return [] if self.source is None else _taken(iter(self.source), HELD_OUT)
+        return [] if self.source is None else _taken(m, self.source, HELD_OUT)
 
 
-def _taken(batches: Iterable[Inputs], count: int, skip: int = 0) -> list[Inputs]:
-    """The samples from ``skip`` on, ``count`` of them if there are; of a small set, all of them."""
+def _taken(m: QModel, batches: Iterable[Inputs], count: int, skip: int = 0) -> list[Inputs]:
+    """The samples from ``skip`` on, ``count`` of them if there are; of a small set, all of them. Whole batches where they are fixed."""
+    unit = fixed_batch(m) or 1
+    count, skip = (-(-n // unit) * unit for n in (count, skip))
     found: list[Inputs] = []
     for batch in batches:
         found.append(batch)
@@ -112,12 +116,12 @@ def _equalize(
     ranges: Literal["symmetric", "asymmetric"] = "symmetric",
 ) -> QModel:
     wide = {"weight_bits": c.weight_bits, "activation_bits": c.activation_bits}
-    few = None if c.source is None else c.lazily()
+    few = None if c.source is None else c.lazily(m)
     return equalize(m, few, method=method, per_channel=c.target.per_channel, ranges=ranges, fixed=c.ranges, **wide)
 
 
 def _rotate(m: QModel, c: Context) -> QModel:
-    few = c.few()
+    few = c.few(m)
     if not few:
         return m.logged(LogEntry("rotate", None, "left as it is: there are no data"))
     return rotate(m, few, weight_bits=c.weight_bits, activation_bits=c.activation_bits, fixed=c.ranges)
@@ -125,7 +129,7 @@ def _rotate(m: QModel, c: Context) -> QModel:
 
 def _absorb(m: QModel, c: Context) -> QModel:
     remembered = m.moments and c.activation_bits >= WIDE  # as equalization
-    return absorb_bias(m, None if remembered else c.few() or None)
+    return absorb_bias(m, None if remembered else c.few(m) or None)
 
 
 def place_step(m: QModel, c: Context, *, symmetric_weights: bool = False) -> QModel:
@@ -187,7 +191,7 @@ def _allocate(
     if c.widths is None or c.budget is None or not c.widths.several:
         return _calibrate(place_step(m, c), c, **ranges)  # type: ignore[arg-type]
     found = candidates(m, c, method, metric, ranges)
-    return chosen(found, c.budget, c.held_out(), seed=c.seed)
+    return chosen(found, c.budget, c.held_out(m), seed=c.seed)
 
 
 def candidates(m: QModel, c: Context, method: str, metric: str, ranges: Mapping[str, Any]) -> Choosing:
@@ -205,13 +209,13 @@ def candidates(m: QModel, c: Context, method: str, metric: str, ranges: Mapping[
     if metric == "auto":  # a bound in points is about decisions; noise at the outputs tells more on few samples
         metric = "divergence" if c.budget is not None and c.budget.drop is not None else "outputs"
     timed = c.budget is not None and c.budget.latency is not None
-    return prepared(make, c.widths, c.lazily(), metric=metric, timed=timed, progress=c.progress)  # type: ignore[arg-type]
+    return prepared(make, c.widths, c.lazily(m), metric=metric, timed=timed, progress=c.progress)  # type: ignore[arg-type]
 
 
 def _correct(m: QModel, c: Context, *, source: From = "auto") -> QModel:
     if source == "data" and c.source is None:
         raise UsageError('this recipe corrects biases from = "data": give --calibration')
-    data = None if source == "moments" else c.few() or None
+    data = None if source == "moments" else c.few(m) or None
     return correct_bias(m, data, ranges=c.ranges)
 
 
@@ -223,7 +227,7 @@ def _split(m: QModel, c: Context, *, share: float = 0.1, activations: float = 0.
     if activations and c.uniform and c.activation_bits < WIDE:
         text = "every value is read in one part: the same width was asked for everywhere"
         m, activations = m.logged(LogEntry("split_tensor", None, text)), 0.0
-    return split_tensor(m, c.few(), share=share, activations=activations, worth=worth)
+    return split_tensor(m, c.few(m), share=share, activations=activations, worth=worth)
 
 
 def _reconstruct(
@@ -246,6 +250,7 @@ def _reconstruct(
     if method == "blocks":
         if inputs == "float":
             raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
+        check_blocks(m)
         start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
         return _gradually(start, c, iterations)
     solver = METHODS[method]()
@@ -295,13 +300,13 @@ def _refine_ranges(m: QModel, c: Context, *, widest: int = 8) -> QModel:
         return m.logged(LogEntry("refine_ranges", None, "left out: there are no data"))
     if c.activations is not None:
         return m.logged(LogEntry("refine_ranges", None, f"left out: the rule '{c.activations.name}' was asked for"))
-    return refine_ranges(m, c.few(), widest=widest, fixed=c.ranges, seed=c.seed, progress=c.progress)
+    return refine_ranges(m, c.few(m), widest=widest, fixed=c.ranges, seed=c.seed, progress=c.progress)
 
 
 def _tune_statistics(m: QModel, c: Context) -> QModel:
     if c.source is None:
         return m.logged(LogEntry("tune_statistics", None, "left out: there are no data"))
-    return tune_statistics(m, c.few(), budget=c.memory, progress=c.progress)
+    return tune_statistics(m, c.few(m), budget=c.memory, progress=c.progress)
 
 
 def _tune(m: QModel, c: Context, *, learn: Learned = "biases", loss: Loss = "error", iterations: int = 0) -> QModel:

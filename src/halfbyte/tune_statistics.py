@@ -22,7 +22,7 @@ from halfbyte.losses import noise_to_signal
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import CONV_TRANSPOSE
 from halfbyte.reconstruct import split, why_not
-from halfbyte.run import portions
+from halfbyte.run import fixed_batch, portions
 from halfbyte.walk import Frontier, walk
 
 _HELD_OUT = 4  # statistics need few samples, a decision more: one sample of so many decides
@@ -45,7 +45,7 @@ def tune_statistics(
     if not m.grids or m.target is None:
         raise UsageError("there are no statistics to tune yet: call place and calibrate before tune_statistics")
     check_bias_bits(m.target)
-    fit, held = (list(portions(m, part)) for part in split(data, _HELD_OUT))
+    fit, held = (list(portions(m, part)) for part in split(data, _HELD_OUT, fixed_batch(m)))
     order = {layer: i for i, layer in enumerate(layers(m.graph), 1)}
 
     def visit(now: QModel, layer: fx.Node, x: Frontier, y: Frontier) -> QModel:
