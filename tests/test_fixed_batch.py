@@ -66,6 +66,8 @@ def test_the_network_itself_needs_no_batch_size_from_the_user(x: Tensor, tmp_pat
     for data in (x, loader):
         q = hb.quantize(net(), data, weight_bits=4)
         assert hb.export_onnx(q, tmp_path / "net.onnx").proven
+    m = hb.capture(net(), (x[:5],))  # which does not divide these batches
+    assert hb.export_onnx(hb.quantize(m, loader, **WAYS["omse"]), tmp_path / "own.onnx").proven
     (one,) = hb.predict(q, (x[:7],))
     (other,) = hb.predict(q, (x[:8],))
     assert one.shape == (7, 10) and torch.equal(one, other[:7])

@@ -157,11 +157,11 @@ def evaluate(
     if own is not None:
         found = _by_metric(ways, source, own, progress)
     else:
-        free = fixed_batch(m) is not None  # any number of samples is run as often as it takes
+        fixed = fixed_batch(m) is not None  # any number of samples is run as often as it takes
         inputs = [
             (
                 str(n.target),
-                ("batch", *n.meta["shape"][1:]) if free else n.meta["shape"],
+                ("batch", *n.meta["shape"][1:]) if fixed else n.meta["shape"],
                 getattr(torch, n.meta["dtype"]),
             )
             for n in m.inputs

@@ -129,12 +129,12 @@ def split(data: Iterable[Inputs], share: int = HELD_OUT, unit: int | None = None
     """
     fit, held, unit = [], [], unit or 1
     for batch in data:
-        if len(batch[0]) < unit:
-            continue
-        cut = len(batch[0]) - len(batch[0]) // share // unit * unit
-        fit.append(tuple(t[:cut] for t in batch))
-        if cut < len(batch[0]):
-            held.append(tuple(t[cut:] for t in batch))
+        whole = len(batch[0]) // unit * unit
+        cut = whole - whole // share // unit * unit
+        if cut:
+            fit.append(tuple(t[:cut] for t in batch))
+        if cut < whole:
+            held.append(tuple(t[cut:whole] for t in batch))
     if not fit:
         raise DataError("there are no data to work with")
     if not held:
