@@ -154,7 +154,7 @@ def _chosen(i: int, held: int, total: int) -> bool:
     return (i + 1) * held // total > i * held // total
 
 
-def _split(source: Samples, samples: int, held: int, unit: int) -> tuple[Samples, list[Inputs]]:
+def _split(source: Samples, samples: int, held: int, unit: int = 1) -> tuple[Samples, list[Inputs]]:
     """Every few samples held out, so that both parts are of the same kind however the data are sorted; ``unit`` samples together."""
     batches = [tuple(b) for b in source]
     total = sum(len(b[0]) for b in batches)
