@@ -78,8 +78,16 @@ def test_the_network_itself_needs_no_batch_size_from_the_user(x: Tensor, tmp_pat
 
 def test_search_and_front(x: Tensor) -> None:
     m = hb.capture(net(), (x[:3],))
-    assert hb.search(m, x, max_drop=50.0, samples=24).reached is not False
+    assert hb.search(m, x, max_drop=50.0, samples=24).reached
     assert len(hb.tradeoff(m, x, weight_bits=(2, 8), samples=SAMPLES).points) >= 2
+
+
+def test_an_output_folder_is_described_diagnosed_and_proven_anew(x: Tensor, tmp_path: Path) -> None:
+    q = hb.quantize(hb.capture(net(), (x[:3],)), x, samples=SAMPLES)
+    hb.export(q, tmp_path / "out")
+    assert hb.prove(tmp_path / "out").equal
+    for data in (None, [x[:20]], [((x[:20],), torch.zeros(20, dtype=torch.int64))]):
+        assert hb.diagnose(q, data, file=tmp_path / "out" / "model.onnx", repairs=False).steps
 
 
 def test_what_cannot_be_is_one_sentence(x: Tensor) -> None:

@@ -76,7 +76,7 @@ def refine(
     """
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
-    check(m)
+    require_free_batch(m)
     options = options or Blocks()
     store = Kept(kept, options, seed)
     m, done = _resumed(m, kept, store.identity)
@@ -102,7 +102,7 @@ def refine(
     return m
 
 
-def check(m: QModel) -> None:
+def require_free_batch(m: QModel) -> None:
     """Raise :class:`UsageError` for a network whose blocks cannot be refined."""
     fixed = fixed_batch(m)
     if fixed is not None:

@@ -31,7 +31,7 @@ from halfbyte.grids import MSE, GridRule, MinMax, cross_entropy, from_range
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.moments import Spread, propagate
 from halfbyte.ops import CLAMP_CHANNELS, CONV_TRANSPOSE, LINEAR, clamp_bounds, is_tensor
-from halfbyte.run import fixed_batch, portions, run
+from halfbyte.run import portions, run, whole
 from halfbyte.stats import SAMPLED, Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
@@ -154,8 +154,7 @@ def calibrate(
     """
     _check_planned(m)
     kept: list[Inputs] = []
-    unit = fixed_batch(m) or 1
-    proof = max(unit, PROOF_SAMPLES // unit * unit)
+    proof = whole(m, PROOF_SAMPLES)
     if data is None:
         observed = expect(m, overrides)
         kept = [synthetic_inputs(m, overrides or {})]

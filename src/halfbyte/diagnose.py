@@ -28,6 +28,7 @@ from halfbyte.parity import compare
 from halfbyte.preprocess import Preprocess
 from halfbyte.probes import PORTION, Bench, Portion, bench, each_alone, each_left_out, look
 from halfbyte.repairs import attempts, tried
+from halfbyte.run import fixed_batch, whole
 from halfbyte.scoring import labelled_or_not
 
 _WORST = 6  # quantizers looked at more closely
@@ -68,11 +69,10 @@ def diagnose(
         raise UsageError("there is nothing to diagnose: the model has no grids; call hb.quantize first")
     own: list[Portion] = []
     if m.samples:
-        starts = range(0, len(m.samples[0]), PORTION)
-        own += [(tuple(t[i : i + PORTION] for t in m.samples), None) for i in starts]
+        own += list(_portions(m, [m.samples], len(m.samples[0])))
     if isinstance(data, str | PathLike):
         data = labelled_or_not(m, data, preprocess=preprocess or kept, samples=samples, classes=classes)
-    given = list(_portions(data, samples, len(m.inputs))) if data is not None else []
+    given = list(_portions(m, data, samples)) if data is not None else []
     portions = given or own
     if not portions:
         raise UsageError("there are no samples to diagnose on: the checkpoint holds none, so give data")
@@ -111,9 +111,10 @@ def _bench(m: QModel, portions: list[Portion]) -> Bench:
         raise DataError(f"the float network cannot run on the data: {first}") from error
 
 
-def _portions(data: Any, samples: int, inputs: int) -> Iterator[Portion]:
-    """Samples, some at a time, with their class indices if there are."""
-    left = samples
+def _portions(m: QModel, data: Any, samples: int) -> Iterator[Portion]:
+    """Samples, some at a time, with their class indices if there are; whole batches of a network that fixes its batch."""
+    left, inputs, fixed = whole(m, samples), len(m.inputs), fixed_batch(m)
+    samples, step = left, fixed or PORTION
     for batch in data:
         labelled = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], tuple | list)
         if not labelled and isinstance(batch, tuple | list) and len(batch) == inputs + 1:
@@ -122,8 +123,10 @@ def _portions(data: Any, samples: int, inputs: int) -> Iterator[Portion]:
         x = (x,) if isinstance(x, Tensor) else tuple(x)
         if len(x) != inputs or not all(isinstance(t, Tensor) for t in x):
             raise DataError(f"the network takes {inputs} inputs, and a batch of the data holds {len(x)}")
-        for i in range(0, min(left, len(x[0])), PORTION):
-            end = min(i + PORTION, left, len(x[0]))
+        for i in range(0, min(left, len(x[0])), step):
+            end = min(i + step, left, len(x[0]))
+            if fixed is not None and end - i < fixed:
+                break
             yield tuple(t[i:end] for t in x), None if y is None else y[i:end]
         left -= len(x[0])
         if left <= 0:

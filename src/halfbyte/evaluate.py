@@ -23,7 +23,7 @@ from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.output import Result, keep, opened
 from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
-from halfbyte.run import fixed_batch, in_batches, run, simulate
+from halfbyte.run import expected_inputs, in_batches, run, simulate
 from halfbyte.scoring import open_data
 from halfbyte.shown import Shown, plain
 
@@ -154,19 +154,8 @@ def evaluate(
     if own is None or isinstance(data, str | PathLike):  # a metric of one's own may take data of any kind
         source = open_data(m, data, None, preprocess=preprocess or kept, limit=limit, batch=batch, classes=classes)
     ways = forwards(m, file or exported, threads=threads)
-    if own is not None:
-        found = _by_metric(ways, source, own, progress)
-    else:
-        fixed = fixed_batch(m) is not None  # any number of samples is run as often as it takes
-        inputs = [
-            (
-                str(n.target),
-                ("batch", *n.meta["shape"][1:]) if fixed else n.meta["shape"],
-                getattr(torch, n.meta["dtype"]),
-            )
-            for n in m.inputs
-        ]
-        found = _classification(ways, source, inputs, progress)
+    checked = expected_inputs(m)
+    found = _classification(ways, source, checked, progress) if own is None else _by_metric(ways, source, own, progress)
     keep(output, described, evaluation=found)
     return found
 

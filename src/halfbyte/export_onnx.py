@@ -333,8 +333,7 @@ def _limits_in_rows(model: ir.Model) -> None:
         if len(shape) != 3 or shape[0] >= _LONG_PIXEL or not isinstance(width, int) or width == 1:
             continue
         size = np.array([shape[0], 1, width], dtype=np.int64)
-        to = ir.Value(name=f"{node.outputs[0].name}:rows", const_value=ir.Tensor(size), shape=ir.Shape(size.shape))
-        to.dtype = ir.DataType.INT64
+        to = ir.val(f"{node.outputs[0].name}:rows", const_value=ir.tensor(size))
         model.graph.initializers.add(to)
         rows = ir.node("Expand", [limit, to], name=str(to.name))
         rows.outputs[0].name = f"{to.name}:limits"

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from halfbyte.model import Inputs, QModel, value_name
-from halfbyte.run import run
+from halfbyte.run import in_batches, run
 
 SHIFT, SPREAD = 1.0, 3.0  # deviations, and a ratio: data of the right kind stay far inside, whatever they show
 _DOUBT = 0.15  # squared deviations; below, sampling a few pictures explains it
@@ -104,7 +105,7 @@ def _surer(m: QModel, inputs: Inputs) -> float:
         return 0.0
     unsure = []
     for x in (_standard(inputs[0]), _standard(inputs[0]).flip(1)):
-        outputs = run(m.as_float(), (x, *inputs[1:]))
+        outputs = in_batches(m, (x, *inputs[1:]), partial(run, m.as_float()))
         if len(outputs) != 1 or outputs[0].ndim != 2 or outputs[0].shape[1] < 2:
             return 0.0
         log = outputs[0].double().log_softmax(1)
@@ -126,7 +127,7 @@ def signed_rank(change: Tensor) -> float:
 @torch.no_grad()
 def _right(m: QModel, inputs: Inputs, labels: Tensor) -> float | None:
     """The share of samples that the float network has right."""
-    outputs = run(m.as_float(), inputs)
+    outputs = in_batches(m, inputs, partial(run, m.as_float()))
     if len(outputs) != 1 or outputs[0].ndim != 2:
         return None
     return float((outputs[0].argmax(1).cpu() == labels.cpu()).float().mean())

@@ -20,7 +20,7 @@ from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
 from halfbyte.overrides import Overrides
 from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Recipe, check, follow, load_recipe
-from halfbyte.run import fixed_batch, run
+from halfbyte.run import expected_inputs, fixed_batch, run, whole
 from halfbyte.steps import Context
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
@@ -177,22 +177,19 @@ def load_samples(
     """
     names, fixed = [str(n.target) for n in model.inputs], fixed_batch(model)
     if fixed is not None:
-        batch, samples = fixed, max(fixed, samples // fixed * fixed)
+        batch, samples = fixed, whole(model, samples)
     source = (
         data
         if isinstance(data, Samples)
         else calibration(data, preprocess=preprocess, input_names=names, samples=samples, batch=batch, seed=seed)
     )
-    expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in model.inputs]
     for first in source:
         count = len(first[0]) if first and first[0].ndim else 0
         if fixed is not None and 0 < count < fixed:
             raise DataError(
                 f"{source.description}: batch 0 has {count} samples, and the network takes {fixed} at a time: give at least that many"
             )
-        if fixed is not None:  # more are run in portions
-            expected = [(name, ("batch", *shape[1:]), dtype) for name, shape, dtype in expected]
-        check_inputs(first, expected, f"{source.description}, batch 0")
+        check_inputs(first, expected_inputs(model), f"{source.description}, batch 0")
         break
     return source
 

@@ -374,7 +374,7 @@ def descend(
         share = min(1.0, (step + 1) / (warmup * steps)) if warmup else 1.0
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * share * 0.5 * (1 + math.cos(math.pi * step / steps))
-        at = torch.randint(0, count, (batch if fixed else min(batch, count),), generator=part.generator)
+        at = torch.randint(0, count, (min(batch, count),), generator=part.generator)
         optimizer.zero_grad()
         part.backward(loss, at)
         optimizer.step()

@@ -96,6 +96,21 @@ def fixed_batch(m: QModel) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def whole(m: QModel, count: int) -> int:
+    """So many samples, or as many fewer as make whole batches of a network that fixes its batch; one batch at least."""
+    unit = fixed_batch(m) or 1
+    return max(unit, count // unit * unit)
+
+
+def expected_inputs(m: QModel) -> list[tuple[str, tuple[int | str, ...], torch.dtype]]:
+    """Name, shape and type of each input, to check data against: any number of samples is run as often as it takes."""
+    free = fixed_batch(m) is not None
+    return [
+        (str(n.target), ("batch", *n.meta["shape"][1:]) if free else n.meta["shape"], getattr(torch, n.meta["dtype"]))
+        for n in m.inputs
+    ]
+
+
 def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator[Inputs]:
     """The same samples, as many at a time as fit (:func:`fitting`), ``most`` at most.
 

@@ -19,6 +19,7 @@ from halfbyte.integer import predict
 from halfbyte.model import Inputs, QModel
 from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
+from halfbyte.run import expected_inputs
 
 _EVERY = 2**31 - 1  # a limit that no data set reaches
 
@@ -97,13 +98,12 @@ def decisions(
     """
     reference, session = m.as_float(), engines.opened(engines.engine_of(m), file, threads=threads)
     codes = partial(input_codes, m) if engines.takes_bytes(session) else tuple
-    expected = [(str(n.target), n.meta["shape"], getattr(torch, n.meta["dtype"])) for n in m.inputs]
     rows: dict[str, list[Tensor]] = {"float": [], "file": [], "agreement": []}
     labels = isinstance(data, Labelled)
     for i, item in enumerate(data):
         x, target = (item[0], item[1]) if labels else (item, None)
         if i == 0:
-            check_inputs(x, expected, f"batch 0 of {data.description}")  # type: ignore[arg-type]
+            check_inputs(x, expected_inputs(m), f"batch 0 of {data.description}")  # type: ignore[arg-type]
         decided = _decided(reference, session, x, codes(x))  # type: ignore[arg-type]
         right = target if isinstance(target, Tensor) else decided["float"]
         if right.shape != decided["float"].shape:

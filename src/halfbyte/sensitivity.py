@@ -22,7 +22,7 @@ from halfbyte.graph import output_values
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
 from halfbyte.reconstruct import HELD_OUT, unseen_first
-from halfbyte.run import fitting, fixed_batch, keep, laid_out, last_uses, run, simulate, steps
+from halfbyte.run import fitting, fixed_batch, keep, laid_out, last_uses, run, simulate, steps, whole
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
 Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
@@ -126,11 +126,9 @@ def _portions(m: QModel, data: Iterable[Any], samples: int, *, labelled: bool) -
     if not batches:
         raise DataError("there are no data to measure on")
     every = unseen_first([(*batch[0], batch[1]) for batch in batches] if labelled else batches)
-    fixed = fixed_batch(m)
-    count = fixed or min(_MOST, fitting(m, m.graph.nodes))
+    count = fixed_batch(m) or min(_MOST, fitting(m, m.graph.nodes))
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
-    whole = min(samples, len(joined[0])) if fixed is None else max(1, min(samples, len(joined[0])) // fixed) * fixed
-    taken = tuple(t[:whole] for t in joined)
+    taken = tuple(t[: whole(m, min(samples, len(joined[0])))] for t in joined)
     parts = zip(*(torch.split(t, count) for t in taken), strict=True)
     return [(part[:-1], part[-1]) if labelled else (part, None) for part in parts]
 

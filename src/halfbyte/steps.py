@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from halfbyte.blocks import Blocks, refine
-from halfbyte.blocks import check as check_blocks
+from halfbyte.blocks import Blocks, refine, require_free_batch
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, calibrate
 from halfbyte.correct import correct_bias
@@ -250,7 +249,7 @@ def _reconstruct(
     if method == "blocks":
         if inputs == "float":
             raise UsageError('blocks are refined on what the quantized network gives them: leave inputs = "float" out')
-        check_blocks(m)
+        require_free_batch(m)
         start = reconstruct(m, c.source, Descent(), seed=c.seed, budget=c.memory, kept=c.kept, progress=c.progress)
         return _gradually(start, c, iterations)
     solver = METHODS[method]()

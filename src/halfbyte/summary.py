@@ -22,7 +22,7 @@ from halfbyte.model import QModel, value_name
 from halfbyte.ops import Kind, base_name, kind
 from halfbyte.output import SCHEMA
 from halfbyte.parity import Parity
-from halfbyte.run import run, simulate
+from halfbyte.run import fixed_batch, run, simulate
 
 _BINS = 64
 _KERNELS = {Kind.CONV: "QLinearConv", Kind.LINEAR: "QGemm"}
@@ -41,7 +41,7 @@ def describe(
     preprocess: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All facts about a calibrated model; ``evaluation`` and ``benchmark`` are filled in by their commands."""
-    few = tuple(t[:4] for t in m.samples)
+    few = tuple(t[: fixed_batch(m) or 4] for t in m.samples)
     noise = signal_to_noise(m, few) if few else {}
     rows = [_layer(m, n, noise) for n in layers(m.graph)]
     float_left = [

@@ -20,7 +20,7 @@ from halfbyte.losses import Loss, classifies, divergence, noise_of, relative_err
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
 from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend, execute
-from halfbyte.run import fixed_batch, laid_out, portions, run
+from halfbyte.run import fixed_batch, laid_out, portions, run, whole
 from halfbyte.store import load, save
 
 _WARMUP = 0.1  # share of the steps over which the rates rise: the first steps of Adam know only the sign of a gradient
@@ -66,10 +66,8 @@ def tune(
     without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
     _check(m, learn, loss, iterations, batch)
-    fixed = fixed_batch(m)
-    unit = fixed or 1
-    batch = max(1, batch // unit) * unit
-    fit, held = split(data, unit=unit)
+    fixed, batch = fixed_batch(m), whole(m, batch)
+    fit, held = split(data, unit=fixed)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
     options = (tuple(learn), loss, features, mix, iterations, batch, rate, scale_rate, seed)
@@ -80,7 +78,7 @@ def tune(
     part = Part(m, [n for n in m.graph.nodes if n.op != "output"], learn, seed=seed)
     judge = _Judge(part, samples, count, divergent=loss == "divergence", features=features, mix=mix)
     if "biases" in learn:
-        few = torch.arange(max(unit, min(count, _FEW) // unit * unit))
+        few = torch.arange(whole(m, min(count, _FEW)))
         part.free_biases(*(judge.env(at) for at in torch.split(few, fixed or len(few))))
 
     def rates(before: float) -> Rates:
