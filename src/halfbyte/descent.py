@@ -10,6 +10,7 @@ problem of AdaRound (arXiv 2004.10568, equation 13). A greedy pass rounds one in
 none moves; and the scales follow in closed form.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -101,6 +102,7 @@ class _Rows:
         self.scale, zero, lo, hi = (self._spread(t, like) for t in (start.scale, start.zero, start.lo, start.hi))
         self.lo, self.hi = (lo - zero).float(), (hi - zero).float()
         self.codes = torch.zeros_like(self.target)
+        self.shares: dict[int, Sequence[Tensor]] = {}
 
     def _spread(self, t: Tensor, like: Tensor) -> Tensor:
         """A grid's numbers as [groups, K or 1, outputs]."""
@@ -113,9 +115,9 @@ class _Rows:
         return t.reshape(1, 1, 1).expand(g, 1, o).contiguous()
 
     def limits(self, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """The least and largest code that each weight may take, [groups, K, outputs]."""
+        """The least and largest code that each weight may take, [groups, K or 1, outputs]."""
         if rounding == "free":
-            return self.lo.expand_as(self.target), self.hi.expand_as(self.target)
+            return self.lo, self.hi
         down = torch.floor(self.target / self.scale)
         return down.clamp(self.lo, self.hi), (down + 1).clamp(self.lo, self.hi)
 
@@ -155,27 +157,44 @@ class _Rows:
     def _greedy(self, upper: Tensor, rounding: Rounding) -> Tensor:
         """Round one input after another; those that follow make up for its error (GPTQ's order and blocks)."""
         left, codes = self.target.clone(), torch.empty_like(self.target)
-        columns, chosen, scales = left.unbind(1), codes.unbind(1), self._columns(self.scale)
-        wanted = self.target.unbind(1)
-        lows, highs = (self._columns(t) for t in self.limits(rounding))
-        k = left.shape[1]
-        for begin in range(0, k, _BLOCK):
-            end = min(k, begin + _BLOCK)
-            errors = torch.empty_like(left[:, begin:end])
-            for i in range(begin, end):
-                torch.div(columns[i], scales[i], out=chosen[i])
-                chosen[i].round_().clamp_(lows[i], highs[i])
-                error = torch.addcmul(wanted[i], chosen[i], scales[i], value=-1)
-                errors[:, i - begin] = error
-                if i + 1 < end:
-                    left[:, i + 1 : end].baddbmm_(upper[:, i, i + 1 : end, None], error[:, None])
-            if end < k:
-                left[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors)
+        lows, highs = (self._each(t) for t in self.limits(rounding))
+        for begin, end in self._cuts():
+            scale = self._scale_of(begin)
+            waiting, wanted = left[:, begin:end] / scale, self.target[:, begin:end] / scale
+            errors = torch.empty_like(waiting)
+            each = zip(*map(_apart, (waiting, wanted, codes[:, begin:end], errors)), strict=True)
+            spread = upper[:, begin:end, begin:end, None].unbind(1)
+            for i, (now, aim, code, error) in enumerate(each):
+                torch.round(now, out=code).clamp_(lows[begin + i], highs[begin + i])
+                torch.sub(aim, code, out=error)
+                waiting.addcmul_(spread[i], error)  # those before are not read again
+            if end < left.shape[1]:
+                left[:, end:].baddbmm_(upper[:, begin:end, end:].transpose(1, 2), errors.mul_(scale))
         return codes
 
-    def _columns(self, t: Tensor) -> list[Tensor]:
-        """Each input's numbers, [groups, outputs]; the same for all where one number holds for all inputs."""
-        return list(t.unbind(1)) if t.shape[1] > 1 else [t[:, 0]] * self.target.shape[1]
+    def _cuts(self) -> Iterator[tuple[int, int]]:
+        """Blocks of inputs, [begin, end), within each of which an output has one scale."""
+        k = self.target.shape[1]
+        width = (self.p.form.group or k) if self.scale.shape[1] > 1 else k
+        for first in range(0, k, width):
+            last = min(k, first + width)
+            for begin in range(first, last, _BLOCK):
+                yield begin, min(last, begin + _BLOCK)
+
+    def _scale_of(self, i: int) -> Tensor:
+        """The scales of an input, [groups, 1, outputs]."""
+        return self.scale[:, i : i + 1] if self.scale.shape[1] > 1 else self.scale
+
+    def _each(self, t: Tensor) -> Sequence[Tensor]:
+        """Each input's numbers, [groups, 1, outputs]; the same for all where one number holds for all inputs."""
+        return _apart(t) if t.shape[1] > 1 else [t] * self.target.shape[1]
+
+    def _shares(self, begin: int, end: int) -> Sequence[Tensor]:
+        """What a step of each input of a block adds to the excess of all of them, [groups, end - begin, 1]."""
+        if begin not in self.shares:
+            block = self.gram[:, begin:end, begin:end] / self.diagonal[:, begin:end, None]
+            self.shares[begin] = block[..., None].unbind(2)
+        return self.shares[begin]
 
     def residual(self) -> Tensor:
         """G (s q - W*), [groups, K, outputs]."""
@@ -190,26 +209,23 @@ class _Rows:
 
     def descend(self, sweeps: int, rounding: Rounding) -> None:
         """Give every code in turn its best value while the others stay; until hardly any moves."""
-        k = self.codes.shape[1]
-        rate = (self.scale * self.diagonal[:, :, None]).reciprocal().unbind(1)
-        lows, highs = (self._columns(t) for t in self.limits(rounding))
-        codes, scales = self.codes.unbind(1), self._columns(self.scale)
+        lows, highs = (self._each(t) for t in self.limits(rounding))
         errors = self._errors().transpose(1, 2).contiguous()
         for _ in range(sweeps):
             before = self.codes.clone()
-            for begin in range(0, k, _BLOCK):
-                end = min(k, begin + _BLOCK)
-                part = product(self.gram[:, begin:end], errors)  # of G (s q - W*)
-                rows = part.unbind(1)
-                for i in range(begin, end):
-                    new = torch.addcmul(codes[i], rows[i - begin], rate[i], value=-1).round_().clamp_(lows[i], highs[i])
-                    step = torch.sub(new, codes[i]).mul_(scales[i])
-                    codes[i].copy_(new)
-                    if i + 1 < end:
-                        part[:, i + 1 - begin :].baddbmm_(self.gram[:, i + 1 : end, i, None], step[:, None])
-                scale = self.scale[:, begin:end] if self.scale.shape[1] > 1 else self.scale
-                now = (self.codes[:, begin:end] * scale).sub_(self.target[:, begin:end])
-                errors[:, :, begin:end] = now.transpose(1, 2)
+            for begin, end in self._cuts():
+                scale = self._scale_of(begin)
+                # How far each code is too large: G (s q - W*) in steps of the code, kept up to date within the block.
+                excess = product(self.gram[:, begin:end], errors).div_(self.diagonal[:, begin:end, None] * scale)
+                shares, steps = self._shares(begin, end), torch.empty_like(excess)
+                parts = (before[:, begin:end], excess, self.codes[:, begin:end], steps)
+                each = zip(*map(_apart, parts), strict=True)
+                for i, (old, now, code, step) in enumerate(each):
+                    torch.sub(old, now, out=code).round_().clamp_(lows[begin + i], highs[begin + i])
+                    torch.sub(code, old, out=step)
+                    excess.addcmul_(shares[i], step)  # those before are not read again
+                found = (self.codes[:, begin:end] * scale).sub_(self.target[:, begin:end])
+                errors[:, :, begin:end] = found.transpose(1, 2)
             if int((self.codes != before).sum()) <= _SETTLED * before.numel():
                 return
 
@@ -251,6 +267,11 @@ class _Rows:
         parts = (self.codes * self.scale).transpose(1, 2)
         found = unblocks(layer, parts.reshape(blocks(layer, like).shape), like.shape).contiguous()
         return fake_quantize(found, grid), grid
+
+
+def _apart(t: Tensor) -> Sequence[Tensor]:
+    """[groups, 1, outputs] for each input of [groups, inputs, outputs]."""
+    return t[:, None].unbind(2)
 
 
 def _unit_factor(gram: Tensor) -> Tensor:
