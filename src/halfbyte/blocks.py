@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
-from halfbyte.graph import input_axis, layers, macs
+from halfbyte.graph import extent, input_axis, layers, macs, per_sample
 from halfbyte.losses import noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
@@ -246,8 +246,7 @@ def portion(together: Sequence[fx.Node]) -> int:
 
     def positions(layer: fx.Node) -> int:
         axis = input_axis(layer) % len(layer.meta["shape"])
-        sizes = [d for i, d in enumerate(layer.meta["shape"]) if i not in (0, axis) and isinstance(d, int)]
-        return math.prod(sizes)
+        return per_sample(layer.meta["shape"]) // extent(layer.meta["shape"][axis])
 
     return max(_FEWEST, min(_MOST, _POSITIONS // max(map(positions, together))))
 

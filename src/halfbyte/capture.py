@@ -3,10 +3,12 @@
 import io
 import logging
 import operator
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from halfbyte.errors import CaptureError
 from halfbyte.graph import drop_dead, output_node
-from halfbyte.model import Inputs, LogEntry, QModel
+from halfbyte.model import Example, Inputs, LogEntry, QModel
 from halfbyte.ops import base_name
 from halfbyte.run import run
 from halfbyte.transforms.canonicalize import canonicalize
@@ -27,28 +29,60 @@ _log = logging.getLogger("halfbyte")
 _TOLERANCE = 1e-4
 
 
-def capture(net: nn.Module | ExportedProgram, example: Tensor | Sequence[Tensor]) -> QModel:
+def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     """Capture a network as a graph of ATen operations.
 
-    net: any module that ``torch.export`` takes, or an exported program. example: one tensor for each input; the first dimension
-    is the batch, and stays free where the network allows it (an example of batch 1 is doubled for that, because torch would
-    make a constant of it). The module is captured in eval mode and left as it was found. Raises :class:`CaptureError`.
+    net: any module that ``torch.export`` takes, or an exported program. example: one tensor for each input, in order or, as a
+    mapping, by the names that ``forward`` gives them; the first dimension is the batch, and stays free where the network allows
+    it (an example of batch 1 is doubled for that, because torch would make a constant of it). The module is captured in eval mode
+    and left as it was found. Raises :class:`CaptureError`.
     """
-    inputs = _as_inputs(example)
+    given = _Given.of(example)
     reference = net.module() if isinstance(net, ExportedProgram) else net
     _check_finite(reference)
-    program = net if isinstance(net, ExportedProgram) else _export(net, inputs)
+    program = net if isinstance(net, ExportedProgram) else _export(net, given)
     m = _from_program(_functional(program))
     m = canonicalize(m)
-    _check_same(m, reference, inputs)
+    _check_same(m, reference, given)
     return m
 
 
-def _as_inputs(example: Tensor | Sequence[Tensor]) -> Inputs:
-    inputs = (example,) if isinstance(example, Tensor) else tuple(example)
-    if not inputs or not all(isinstance(t, Tensor) for t in inputs):
-        raise CaptureError("the example must be a tensor or a sequence of tensors, one for each input of the network")
-    return inputs
+@dataclass(frozen=True)
+class _Given:
+    """Example inputs: in order, or by name."""
+
+    tensors: Inputs
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, example: Example) -> "_Given":
+        """Raises :class:`CaptureError` where it holds something else than tensors."""
+        names = tuple(map(str, example)) if isinstance(example, Mapping) else ()
+        values = example.values() if isinstance(example, Mapping) else example
+        tensors = (values,) if isinstance(values, Tensor) else tuple(values)
+        if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+            raise CaptureError(
+                "the example must be a tensor, or a sequence or a mapping of tensors, one for each input of the network"
+            )
+        return cls(tensors, names)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """What is given by name."""
+        return dict(zip(self.names, self.tensors, strict=True)) if self.names else {}
+
+    @property
+    def ordered(self) -> Inputs:
+        """What is given in order."""
+        return () if self.names else self.tensors
+
+    def called(self, net: nn.Module) -> Any:
+        """What a network makes of them."""
+        return net(*self.ordered, **self.named)
+
+    def inputs(self, m: QModel) -> Inputs:
+        """In the order of a graph's inputs."""
+        return tuple(self.named[str(n.target)] for n in m.inputs) if self.names else self.tensors
 
 
 def _check_finite(net: nn.Module) -> None:
@@ -78,40 +112,41 @@ def doubled(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _export(net: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _export(net: nn.Module, given: _Given) -> ExportedProgram:
+    inputs = given.tensors
     sizes = {t.shape[0] for t in inputs if t.ndim}
     with _eval_mode(net), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if len(sizes) == 1 and all(t.ndim for t in inputs):
-            example = doubled(inputs)
+            example = replace(given, tensors=doubled(inputs))
             try:
-                return _quietly(net, example, dynamic_shapes=_free_batch(example))
+                return _quietly(net, example, dynamic_shapes=_free_batch(example.tensors))
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
         try:
-            return _quietly(net, inputs)
+            return _quietly(net, given)
         except Exception as error:
-            _check_runs(net, inputs)
+            _check_runs(net, given)
             raise CaptureError(
                 f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}; forward has to take one path for all "
                 "data (torch.where in place of an if) and to compute with torch alone"
             ) from error
 
 
-def _quietly(net: nn.Module, inputs: Inputs, **options: Any) -> ExportedProgram:
+def _quietly(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
     """Where torch gives up it prints the whole graph, which would bury the reason."""
     with redirect_stderr(io.StringIO()):
-        return export(net, inputs, **options)
+        return export(net, given.ordered, given.named, **options)
 
 
-def _check_runs(net: nn.Module, inputs: Inputs) -> None:
+def _check_runs(net: nn.Module, given: _Given) -> None:
     """Raise :class:`CaptureError` where not the capture is at fault, but the example."""
     try:
-        net(*inputs)
+        given.called(net)
     except Exception as error:
-        given = " and ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in inputs)
+        shapes = " and ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in given.tensors)
         raise CaptureError(
-            f"{type(net).__name__} does not run on an example of shape {given}: {_first_line(error)}; give an example as "
+            f"{type(net).__name__} does not run on an example of shape {shapes}: {_first_line(error)}; give an example as "
             "the network takes it, batch first"
         ) from error
 
@@ -210,7 +245,10 @@ def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
 
 
 def _shape(value: Tensor, batch: Mapping[str, str]) -> tuple[int | str, ...]:
-    return tuple(d if isinstance(d, int) else batch.get(str(d), str(d)) for d in value.shape)
+    """Sizes; where they depend on a free batch, what torch calls that is named ``batch``."""
+    return tuple(
+        d if isinstance(d, int) else re.sub(r"\w+", lambda s: batch.get(s[0], s[0]), str(d)) for d in value.shape
+    )
 
 
 def _name_values(graph: fx.Graph, source: Mapping[fx.Node, fx.Node]) -> None:
@@ -268,11 +306,11 @@ def _name(node: fx.Node, module: str, alone: bool) -> str:
 
 
 @torch.inference_mode()
-def _check_same(m: QModel, reference: nn.Module, inputs: Inputs) -> None:
+def _check_same(m: QModel, reference: nn.Module, given: _Given) -> None:
     """The captured graph must compute what the network computes; otherwise everything after it is about another network."""
     with _eval_mode(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
-        expected = pytree.tree_leaves(reference(*inputs))
-    got = run(m, inputs)
+        expected = pytree.tree_leaves(given.called(reference))
+    got = run(m, given.inputs(m))
     for name, a, b in zip(m.outputs, expected, got, strict=True):
         if a.is_floating_point():
             error = (a - b).abs().max() / a.abs().max().clamp(min=1e-6)

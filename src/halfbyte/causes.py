@@ -1,6 +1,5 @@
 """The causes that a diagnosis can name: small rules, each with evidence, a threshold with its reason, a score and a command."""
 
-import math
 import shlex
 from collections.abc import Callable, Iterable
 
@@ -9,7 +8,7 @@ from torch import fx
 from halfbyte.causes_grids import accumulators, biased, ranges, uneven, unlike
 from halfbyte.diagnosis import Cause
 from halfbyte.evidence import FINE, GAIN, WORTH, Evidence, Rule
-from halfbyte.graph import by_value, macs
+from halfbyte.graph import by_value, macs, per_sample
 from halfbyte.matching import SHIFT
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import base_name
@@ -109,7 +108,7 @@ def float_operations(e: Evidence) -> Iterable[Cause]:
 def _elements(node: fx.Node) -> int:
     """How many numbers an operation computes for one sample."""
     computed = node.op == "call_function" and "shape" in node.meta
-    return math.prod(d for d in node.meta["shape"] if isinstance(d, int)) if computed else 0
+    return per_sample(node.meta["shape"]) if computed else 0
 
 
 def _total(m: QModel, of: Callable[[fx.Node], int]) -> int:

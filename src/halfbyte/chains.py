@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halfbyte.graph import bias_of, input_axis, is_output, layers, weight_of
+from halfbyte.graph import bias_of, extent, input_axis, is_output, layers, weight_of
 from halfbyte.model import LogEntry, value_name
 from halfbyte.ops import GLOBAL_AVERAGE_POOL, LINEAR, Kind, argument, aten, base_name, clamp_bounds, kind
 
@@ -259,8 +259,8 @@ def _checked(first: fx.Node, between: list[tuple[fx.Node, Tensor]], second: fx.N
 
 
 def _sizes(node: fx.Node) -> list[int]:
-    """The shape, with 1 for a free batch dimension."""
-    return [d if isinstance(d, int) else 1 for d in node.meta["shape"]]
+    """The shape for one sample, where the batch is free."""
+    return [extent(d) for d in node.meta["shape"]]
 
 
 def _channels(layer: fx.Node) -> Tensor:

@@ -1,10 +1,12 @@
 """Calibration and labelled batches from folders, NumPy files, user code and Python objects."""
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ import numpy.typing as npt
 import torch
 
 from halfbyte.errors import DataError, HalfbyteError, UsageError
-from halfbyte.loading import Batch, Pass, load_callable, stream
+from halfbyte.loading import Batch, Pass, items, load_callable, stream
 from halfbyte.pictures import Rows, class_indices, fits, layout_hint, reader
 from halfbyte.preprocess import Preprocess, find_pictures
 
-__all__ = ["Batch", "Labelled", "Samples", "Source", "calibration", "check_inputs", "labelled"]
+__all__ = ["Batch", "Labelled", "Samples", "Source", "calibration", "check_inputs", "example", "labelled"]
 
 Source = (
     str
@@ -28,6 +30,7 @@ Source = (
     | Iterable[Any]
     | Callable[[], Iterable[Any]]
 )
+_LABELS = ("labels", "label", "target", "targets")  # what networks that compute their own loss call them
 _SPEC = re.compile(r".+:[^\W\d]\w*")
 _FORMS = "give a folder of pictures, an .npy or .npz file, 'file.py:function' or 'package.module:function'"
 
@@ -103,6 +106,44 @@ def calibration(
     count = min(samples, table.total)
     rows = np.sort(np.random.default_rng(seed).choice(table.total, size=count, replace=False))
     return Samples(f"{count} of {table.total} samples of {table.name}", count, table.passes(rows, batch, check))
+
+
+def example(forward: Callable[..., Any], source: Source) -> Batch | dict[str, torch.Tensor]:
+    """Samples to capture a network on: by name where the source has names, else in order.
+
+    forward: what the network computes. Its inputs are the parameters without a default, and of the optional ones those that the
+    source has by these names; where all are optional, the first so many as a sample has tensors.
+    """
+    found = _locate(source)
+    first = _first(found, _name(source))
+    parameters = inspect.signature(forward).parameters.values()
+    plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = tuple(p.name for p in plain if p.default is p.empty)
+    optional = [p.name for p in plain if p.default is None]
+    if isinstance(first, Mapping):
+        names = (*required, *(n for n in optional if n in first and n not in _LABELS))
+    elif required:
+        names = required
+    else:
+        count = len(first) if isinstance(first, list | tuple) else 1
+        several = (f"{p.name}_{i}" for p in parameters if p.kind is p.VAR_POSITIONAL for i in range(count))
+        names = tuple(islice(takewhile(lambda n: n not in _LABELS, chain(optional, several)), count))
+    (batch,) = islice(calibration(source, preprocess=None, input_names=names, samples=2, batch=2), 1)
+    return dict(zip(names, batch, strict=True)) if isinstance(first, Mapping) else batch
+
+
+def _first(found: object, name: str) -> object:
+    """What a source holds, or gives first: how many tensors that are, or which names."""
+    if isinstance(found, Path):
+        if found.suffix.lower() != ".npz":
+            return None
+        with (
+            suppress(Exception),
+            np.load(found, allow_pickle=False) as held,
+        ):  # what is wrong with it shows when it is read
+            return dict.fromkeys(held.files)
+        return None
+    return found if _holds_arrays(found) else next(iter(items(found, name)), None)
 
 
 def labelled(

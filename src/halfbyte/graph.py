@@ -1,7 +1,8 @@
 """Queries and edits on the graph. Edits work on a copy: take it with :func:`editable`, change it, put it in a new model."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import ast
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor, fx
 
@@ -171,20 +172,39 @@ def drop_dead(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+_ARITHMETIC: dict[type[ast.AST], Callable[[int, int], int]] = {
+    ast.Add: int.__add__,
+    ast.Sub: int.__sub__,
+    ast.Mult: int.__mul__,
+    ast.FloorDiv: int.__floordiv__,
+}
+
+
+def extent(dimension: int | str, batch: int = 1) -> int:
+    """The size of a dimension, which may depend on that of a free batch, as ``16*batch`` does. Any other name counts as the batch."""
+
+    def value(e: ast.expr) -> int:
+        if isinstance(e, ast.BinOp) and type(e.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(e.op)](value(e.left), value(e.right))
+        if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub):
+            return -value(e.operand)
+        return e.value if isinstance(e, ast.Constant) and isinstance(e.value, int) else batch
+
+    return dimension if isinstance(dimension, int) else value(ast.parse(dimension, mode="eval").body)
+
+
+def per_sample(shape: Sequence[int | str]) -> int:
+    """How many numbers of a value belong to one sample."""
+    return math.prod(extent(d) for i, d in enumerate(shape) if i or not isinstance(d, int))
+
+
 def macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one layer or matrix product for one sample (a free batch dimension counts as 1)."""
-
-    def size(shape: Any) -> int:
-        total = 1
-        for d in shape:
-            total *= d if isinstance(d, int) else 1
-        return total
-
+    """Multiply-accumulates of one layer or matrix product for one sample."""
     what = kind(node)
     if what is Kind.CONV:
-        return size(node.meta["shape"][1:]) * size(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
+        return per_sample(node.meta["shape"]) * math.prod(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
     if what is Kind.CONV_TRANSPOSE:
-        return size(node.args[0].meta["shape"][1:]) * size(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
+        return per_sample(node.args[0].meta["shape"]) * math.prod(node.args[1].meta["shape"][1:])  # type: ignore[union-attr]
     if what in (Kind.LINEAR, Kind.MATMUL):
-        return size(node.meta["shape"][1:]) * int(node.args[0].meta["shape"][-1])  # type: ignore[union-attr]
+        return per_sample(node.meta["shape"]) * int(node.args[0].meta["shape"][-1])  # type: ignore[union-attr]
     return 0

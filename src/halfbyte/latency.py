@@ -21,7 +21,7 @@ from halfbyte.benchmark import interleaved
 from halfbyte.calibrate import calibrate
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.formats import Bits, container_bits
-from halfbyte.graph import editable, output_node
+from halfbyte.graph import editable, extent, output_node
 from halfbyte.lower import lower
 from halfbyte.model import QModel
 from halfbyte.ops import DEQUANTIZE
@@ -123,7 +123,7 @@ def alone(m: QModel, layer: fx.Node, batch: int = 1) -> QModel:
     """A network of this layer only, of a fixed batch, with its float parameters."""
 
     def shape(node: fx.Node) -> tuple[int, ...]:
-        return tuple(d if isinstance(d, int) else batch for d in node.meta["shape"])
+        return tuple(extent(d, batch) for d in node.meta["shape"])
 
     graph, copies = fx.Graph(), {}
     for node in layer.all_input_nodes:

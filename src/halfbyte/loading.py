@@ -58,7 +58,7 @@ def stream(source: Any, name: str, limit: int | None, convert: Callable[[object,
 
     def one_pass() -> Iterator[Batch]:
         taken = 0
-        for index, item in enumerate(_items(source, name)):
+        for index, item in enumerate(items(source, name)):
             flat = convert(item, f"batch {index} of {name}")
             rows = len(flat[0]) if limit is None else min(len(flat[0]), limit - taken)
             yield tuple(tensor[:rows] for tensor in flat)
@@ -101,7 +101,8 @@ def _digest(tensor: torch.Tensor, *, values: bool) -> tuple[int, ...]:
     return (*tensor.shape, zlib.crc32(some.view(torch.uint8).numpy().data))
 
 
-def _items(source: Any, name: str) -> Iterator[object]:
+def items(source: Any, name: str) -> Iterator[object]:
+    """What user code or an iterable gives, as it comes. Raises DataError where it fails."""
     try:
         made = source() if callable(source) and not isinstance(source, Iterable) else source
         # An array is one batch; iterating over it would give its rows.

@@ -1,7 +1,7 @@
 """The central data: a :class:`QModel` and what it is made of. Everything here is frozen; every stage returns a new one."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from halfbyte.shown import Shown, plain, text
 Params = Mapping[str, Tensor]
 Plan = Mapping[str, Format | None]
 Inputs = tuple[Tensor, ...]
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # of inputs, in order or by name
 Outputs = tuple[Tensor, ...]
 Tap = Callable[[str, Tensor], Tensor]
 

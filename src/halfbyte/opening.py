@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from halfbyte.errors import CaptureError, HalfbyteError, UsageError
 from halfbyte.loading import blame, load_callable
+from halfbyte.model import Example
 
 Network = nn.Module | ExportedProgram
 _PICKLED = "'{}' holds pickled objects that could run code: use --trust if you know where it comes from"
@@ -31,7 +32,7 @@ _NAME = re.compile(r"[A-Z][A-Za-z]*|[a-z]+\d+|\d+(\.\d+)?")  # s0, Max, 2, 0.5: 
 
 def open_network(
     spec: str, *, checkpoint: str | Path | None = None, trust: bool = False
-) -> tuple[Network, tuple[Tensor, ...] | None]:
+) -> tuple[Network, Example | None]:
     """The network, and its example inputs if it brings some.
 
     spec: a callable that returns a module, or ``(module, example inputs)``; or a ``.pt2`` exported program. checkpoint:
@@ -56,11 +57,12 @@ def open_network(
         )
     if isinstance(example, Tensor):
         example = (example,)
-    if example is not None and not (isinstance(example, tuple | list) and all(isinstance(t, Tensor) for t in example)):
+    held = list(example.values()) if isinstance(example, Mapping) else example
+    if held is not None and not (isinstance(held, tuple | list) and all(isinstance(t, Tensor) for t in held)):
         raise CaptureError(f"the example inputs from '{spec}' must be tensors, such as torch.zeros(1, 3, 224, 224)")
     if checkpoint is not None:
         _load_checkpoint(net, Path(checkpoint), trust)
-    return net.eval(), None if example is None else tuple(example)
+    return net.eval(), example
 
 
 def _called(function: Callable[..., Any], spec: str) -> Any:

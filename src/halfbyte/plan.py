@@ -1,5 +1,6 @@
 """What ``quantize`` would do, before it does it: formats, what stays in float and why, sizes, memory and time. No data is run."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from halfbyte.data import Source
 from halfbyte.engines import here
 from halfbyte.export_onnx import Container, example_inputs
 from halfbyte.formats import Bits
-from halfbyte.graph import layers, macs, tensors, weight_of
+from halfbyte.graph import extent, layers, macs, tensors, weight_of
 from halfbyte.job import chosen_recipe
 from halfbyte.model import LogEntry, QModel, Target, value_name
 from halfbyte.ops import base_name, is_tensor, kind
@@ -255,7 +256,4 @@ def _cost_of_a_pass(m: QModel) -> tuple[float, int]:
 
 def _bytes(node: fx.Node) -> int:
     """Of a value for one sample, in float32."""
-    size = 4
-    for d in node.meta["shape"]:
-        size *= d if isinstance(d, int) else 1
-    return size
+    return 4 * math.prod(map(extent, node.meta["shape"]))

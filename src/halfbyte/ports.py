@@ -10,7 +10,7 @@ from torch import fx
 
 from halfbyte.affine import Grid, quantize
 from halfbyte.errors import UsageError
-from halfbyte.graph import editable
+from halfbyte.graph import editable, extent
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import QUANTIZE
 from halfbyte.preprocess import Preprocess
@@ -142,7 +142,7 @@ def with_batch(low: QModel, batch: int) -> QModel:
     graph = editable(low.graph)
     for node in graph.nodes:
         if "shape" in node.meta:
-            node.meta["shape"] = tuple(batch if d == "batch" else d for d in node.meta["shape"])
+            node.meta["shape"] = tuple(extent(d, batch) if "batch" in str(d) else d for d in node.meta["shape"])
     free = {d for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"] if isinstance(d, str)}
     if free:
         raise UsageError(f"a fixed batch needs all other dimensions fixed, these are free: {', '.join(sorted(free))}")

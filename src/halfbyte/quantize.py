@@ -1,6 +1,5 @@
 """The main job in one call: a network, data, widths; by a recipe, or by the cheapest one that holds a limit."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,8 +11,7 @@ from torch import nn
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.capture import capture
-from halfbyte.data import Samples, Source, labelled
-from halfbyte.data import calibration as unlabelled
+from halfbyte.data import Samples, Source, example, labelled
 from halfbyte.errors import UsageError
 from halfbyte.formats import Bits, parse_widths
 from halfbyte.graph import output_values
@@ -219,7 +217,7 @@ def captured(
     if isinstance(network, QModel):
         return network
     if not isinstance(network, nn.Module):
-        return note_weights(capture_network(str(network), checkpoint, trust, preprocess))
+        return note_weights(capture_network(str(network), checkpoint, trust, preprocess, data))
     if preprocess is not None:
         return note_weights(capture(network, (torch.zeros(2, preprocess.channels, *preprocess.shape),)))
     if data is None or isinstance(data, Iterator):
@@ -227,13 +225,8 @@ def captured(
         raise UsageError(
             f"the module has to be captured, and {why}: capture it first with hb.capture(net, example inputs)"
         )
-    parameters = inspect.signature(network.forward).parameters.values()
-    names = [
-        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    few = (
-        data if isinstance(data, Samples) else unlabelled(data, preprocess=None, input_names=names, samples=2, batch=2)
-    )
-    for first in few:
-        return note_weights(capture(network, tuple(first)))
-    raise UsageError("the module has to be captured on samples, and there are none")
+    if isinstance(data, Samples):
+        for first in data:
+            return note_weights(capture(network, first))
+        raise UsageError("the module has to be captured on samples, and there are none")
+    return note_weights(capture(network, example(network.forward, data)))

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
-from halfbyte.graph import output_values
+from halfbyte.graph import extent, output_values
 from halfbyte.model import Inputs, Outputs, Params, QModel, Tap, value_name
 from halfbyte.ops import CLAMP_CHANNELS, is_tensor
 
@@ -84,7 +84,7 @@ def fitting(m: QModel, nodes: Iterable[fx.Node]) -> int:
     if fixed is not None:
         return fixed
     shapes = [n.meta["shape"] for n in nodes if n.op != "get_attr" and is_tensor(n)]
-    widest = max((math.prod(d for d in s if isinstance(d, int)) for s in shapes), default=1)
+    widest = max((math.prod(map(extent, s)) for s in shapes), default=1)
     on_cpu = all(t.device.type == "cpu" for t in m.params.values())
     return max(_FEWEST, (_WIDEST if on_cpu else _WIDEST_ELSEWHERE) // max(1, widest))
 

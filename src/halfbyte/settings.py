@@ -1,13 +1,15 @@
 """What ``halfbyte quantize`` is asked to do, as data; and the network that this names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from halfbyte.capture import capture
+from halfbyte.data import Samples, Source, example
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.export_onnx import Container
 from halfbyte.formats import Bits, parse_widths
@@ -119,11 +121,13 @@ def parse_ranges(texts: tuple[str, ...]) -> dict[str, tuple[float, float]]:
 def network_of(settings: Settings) -> QModel:
     """The captured network that the settings name."""
     preprocess = None if settings.preprocess is None else Preprocess.from_dict(settings.preprocess)
-    return capture_network(settings.network, settings.checkpoint, settings.trust, preprocess)
+    return capture_network(settings.network, settings.checkpoint, settings.trust, preprocess, settings.calibration)
 
 
-def capture_network(network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None) -> QModel:
-    """Open and capture a network; its example inputs come with it, or follow from the pre-processing.
+def capture_network(
+    network: str, checkpoint: str | None, trust: bool, preprocess: Preprocess | None, data: Source | None = None
+) -> QModel:
+    """Open and capture a network; its example inputs come with it, or follow from the pre-processing, or are samples.
 
     network: as for ``open_network``, or the folder of an earlier result, which holds its float network.
     """
@@ -137,14 +141,16 @@ def capture_network(network: str, checkpoint: str | None, trust: bool, preproces
                 f"layers of '{network}' were split into several tensors: quantize the network itself again"
             )
         return replace(only_weights(unplaced(m)), samples=(), calibrated=0)
-    net, example = open_network(network, checkpoint=checkpoint, trust=trust)
-    if example is None and preprocess is not None:
-        example = (torch.zeros(2, preprocess.channels, *preprocess.shape),)
-    if example is None:
+    net, given = open_network(network, checkpoint=checkpoint, trust=trust)
+    if given is None and preprocess is not None:
+        given = (torch.zeros(2, preprocess.channels, *preprocess.shape),)
+    if given is None and isinstance(net, nn.Module) and not isinstance(data, Iterator | Samples | None):
+        given = example(net.forward, data)
+    if given is None:
         raise UsageError(
             f"'{network}' brings no example inputs: return (module, example inputs), or give --size for images"
         )
-    return capture(net, example)
+    return capture(net, given)
 
 
 def earlier_settings(out: Path) -> Settings:

@@ -1,21 +1,26 @@
-"""One way to write each operation: identities dropped, every convolution with explicit pads, spatial means as one operation.
+"""One way to write each operation: constants computed, identities dropped, every convolution with explicit pads, spatial means as
+one operation.
 
 Nothing is decomposed: attention stays three nodes, a layer norm one.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from halfbyte.graph import drop_dead, editable, is_real, parameter, replace_uses
-from halfbyte.model import LogEntry, QModel
+from halfbyte.model import LogEntry, QModel, value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, GLOBAL_AVERAGE_POOL, LINEAR, argument, aten, base_name, is_tensor
 
 _RANK = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED_RANK = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 _WHOLE = 2**62  # a slice to the end
+_SMALL = 1 << 22  # numbers: larger constants are made when they are needed, unless they are made of as many
+_PRODUCTS = ("matmul", "mm", "addmm")
 
 
 def canonicalize(m: QModel) -> QModel:
@@ -23,6 +28,7 @@ def canonicalize(m: QModel) -> QModel:
     graph = editable(m.graph)
     params = dict(m.params)
     log: list[LogEntry] = []
+    fold_constants(graph, params)
     for node in list(graph.nodes):
         if node.op == "call_function" and node.users:
             for rule in _RULES:
@@ -31,6 +37,52 @@ def canonicalize(m: QModel) -> QModel:
     drop_dead(graph)
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     return replace(m, graph=graph, params={k: v for k, v in params.items() if k in used}).logged(*log)
+
+
+@torch.no_grad()
+def fold_constants(graph: fx.Graph, params: dict[str, Any]) -> None:
+    """What no input reaches is computed once, and is a parameter from then on.
+
+    So weights that are normalized, or made of others, are weights like all others; and no engine rounds in its own way what it
+    computes before it starts.
+    """
+    known: dict[fx.Node, Any] = {}
+
+    def value(n: fx.Node) -> Any:
+        return known[n] if n in known else params[str(n.target)]
+
+    for node in graph.nodes:
+        if _constant(node, known):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            known[node] = node.target(*args, **kwargs)
+    for node, found in known.items():
+        if not isinstance(found, Tensor) or all(u in known for u in node.users):
+            continue
+        name = value_name(node)
+        params[name] = found.detach().clone(memory_format=torch.contiguous_format)
+        with graph.inserting_before(node):
+            new = graph.create_node("get_attr", name)
+        new.meta = dict(node.meta)
+        replace_uses(node, new)
+    drop_dead(graph)
+
+
+def _constant(node: fx.Node, known: Collection[fx.Node]) -> bool:
+    """Whether an operation can be computed without the network's inputs, and is better so."""
+    if node.op != "call_function" or "value" not in node.meta:
+        return False
+    inputs = node.all_input_nodes
+    if any(n.op != "get_attr" and n not in known for n in inputs):
+        return False
+    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    shape = node.meta.get("shape", ())
+    if random or any(isinstance(d, str) for d in shape):
+        return False
+    turned = node.target in (aten.t.default, aten.transpose.int) and inputs[0].op == "get_attr"
+    if turned and all(base_name(u) in _PRODUCTS for u in node.users):
+        return False  # a linear layer can have its weight as it is stored
+    given = sum(math.prod(n.meta.get("shape", ())) for n in inputs)
+    return bool(math.prod(shape) <= max(given, _SMALL))
 
 
 def _rewrite(graph: fx.Graph, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
@@ -168,7 +220,7 @@ def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any
     """``x @ W`` and ``addmm`` with a parameter are linear layers; their weight is stored transposed."""
     name = base_name(node)
     bias, operands = (node.args[0], node.args[1:3]) if name == "addmm" else (None, node.args[:2])
-    if name not in ("matmul", "mm", "addmm") or (name == "addmm" and node.kwargs):
+    if name not in _PRODUCTS or (name == "addmm" and node.kwargs):
         return False
     x, weight = operands
     if not isinstance(weight, fx.Node) or not isinstance(x, fx.Node) or x.op == "get_attr":
