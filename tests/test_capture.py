@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import halfbyte as hb
+from halfbyte.chains import pairs
 from halfbyte.errors import CaptureError
+from halfbyte.graph import extent, macs
 from halfbyte.model import value_name
-from halfbyte.ops import base_name
+from halfbyte.ops import Kind, base_name, kind
 
 
 class Function(nn.Module):
@@ -147,6 +149,140 @@ def test_an_exported_program_is_taken_as_it_is() -> None:
     m = hb.capture(torch.export.export(net, (x,)), x)
     same_outputs(net, m, x)
     assert names(m) == ["0", "1"]
+
+
+class Optional(nn.Module):
+    """Like those of the transformers library: every input by name, none of them required, a loss where labels are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds, self.layer = nn.Embedding(9, 4), nn.Embedding(2, 4), nn.Linear(4, 3)
+
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        kinds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        assert ids is not None
+        x = self.words(ids) if kinds is None else self.words(ids) + self.kinds(kinds)
+        x = x.mean(1) if mask is None else (x * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+        found = self.layer(x)
+        return {"logits": found} if labels is None else {"loss": F.cross_entropy(found, labels), "logits": found}
+
+
+def tokens(samples: int) -> dict[str, Tensor]:
+    """Every input that Optional knows, in another order."""
+    g = torch.Generator().manual_seed(samples)
+    ids, kinds = torch.randint(9, (samples, 5), generator=g), torch.randint(2, (samples, 5), generator=g)
+    return {"kinds": kinds, "mask": torch.ones(samples, 5), "ids": ids}
+
+
+@pytest.mark.parametrize("given", [("ids",), ("kinds", "ids"), ("ids", "mask"), ("kinds", "mask", "ids")])
+def test_inputs_by_name(given: tuple[str, ...]) -> None:
+    net, example, fresh = Optional().eval(), *({k: tokens(n)[k] for k in given} for n in (2, 3))
+    m = hb.capture(net, example)
+    found = [str(n.target) for n in m.inputs]
+    assert sorted(found) == sorted(given) and m.dynamic
+    (got,) = hb.run(m, tuple(fresh[k] for k in found))
+    assert torch.allclose(got, net(**fresh)["logits"], atol=1e-6)
+
+
+def test_a_name_that_forward_does_not_know() -> None:
+    with pytest.raises(
+        CaptureError, match=r"does not run on an example of shape .* unexpected keyword argument 'pictures'"
+    ):
+        hb.capture(nn.Linear(3, 3), {"pictures": torch.zeros(2, 3)})
+
+
+class Caching(nn.Module):
+    """Keeps what it computes for a size, as detectors their anchors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.size, self.grid = nn.Linear(4, 4), None, torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape[1:]:
+            self.size, self.grid = x.shape[1:], torch.arange(4.0)
+        return self.layer(x) + self.grid
+
+
+def test_what_forward_keeps_in_attributes_is_as_it_was() -> None:
+    net = Caching()
+    m = hb.capture(net, torch.randn(2, 4))
+    assert net.size is None and net.grid.numel() == 0 and net.training
+    assert m.dynamic
+    same_outputs(net, m, torch.randn(3, 4))
+    (net(torch.randn(2, 4).requires_grad_()).sum()).backward()  # nothing of inference mode has stayed
+
+
+class Composed(nn.Module):
+    """A weight made of others, a table that a layer turns into another, and a mask that no input reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw, self.gain = nn.Parameter(torch.randn(6, 3, 3, 3)), nn.Parameter(torch.rand(6, 1, 1, 1) + 0.5)
+        self.table, self.layer = nn.Parameter(torch.randn(5, 4)), nn.Linear(4, 6)
+        self.projection = nn.Parameter(torch.randn(7, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.gain * (self.raw - self.raw.mean((1, 2, 3), keepdim=True)) / self.raw.std((1, 2, 3), keepdim=True)
+        x = F.conv2d(x, w).flatten(2).transpose(1, 2)
+        seen = torch.ones(x.shape[1], 5).tril()
+        return (x @ self.layer(self.table).t() + seen) @ self.layer(self.table) @ self.projection.t()
+
+
+def test_what_no_input_reaches_is_a_parameter() -> None:
+    net = Composed()
+    x = torch.randn(2, 3, 5, 5)
+    m = hb.capture(net, x)
+    (conv,) = (n for n in m.graph.nodes if kind(n) is Kind.CONV)
+    assert conv.args[1].op == "get_attr" and not {"raw", "gain", "table", "layer.weight"} & set(m.params)
+    assert sorted(base_name(n) for n in m.graph.nodes if n.op == "call_function" and "value" in n.meta) == sorted(
+        ["conv", "flatten", "transpose", "linear", "add", "linear", "linear"]
+    )
+    assert "projection" in m.params  # as it is stored
+    same_outputs(net, m, torch.randn(3, 3, 5, 5))
+    q = hb.quantize(net, [x, x])
+    assert q.grid(value_name(conv.args[1])) is not None
+
+
+def test_large_constants_stay_what_makes_them() -> None:
+    net = Function(lambda s, x: s.layer(x) + torch.ones(3000, 3000)[0, 0], layer=nn.Linear(3, 3))
+    m = hb.capture(net, torch.randn(2, 3))
+    assert all(t.numel() < 100 for t in m.params.values())
+    same_outputs(net, m, torch.randn(3, 3))
+
+
+def test_sizes_that_depend_on_the_batch() -> None:
+    """Windows of pictures lie beside the samples: as many as the batch times their number."""
+
+    def windows(s: Any, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        x = x.reshape(n, 4, 2, 4, 2, 6).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 6)
+        x = F.relu(s.first(x)).reshape(n, 4, 4, 2, 2, 6)
+        return s.second(x.permute(0, 1, 3, 2, 4, 5).reshape(n, 64, 6))
+
+    net = Function(windows, first=nn.Linear(6, 6), second=nn.Linear(6, 3))
+    m = hb.capture(net, torch.randn(2, 8, 8, 6))
+    first, second = (n for n in m.graph.nodes if kind(n) is Kind.LINEAR)
+    assert first.meta["shape"] == ("16*batch", 4, 6)
+    assert [extent(d) for d in first.meta["shape"]] == [16, 4, 6] and extent("16*batch", 3) == 48
+    assert macs(first) == 2 * macs(second) == 64 * 36
+    assert [p.first for p in pairs(m.graph, "test")[0]] == [first]
+    q = hb.quantize(net, [torch.randn(4, 8, 8, 6)])
+    same = hb.run(q, (torch.randn(3, 8, 8, 6),))[0]
+    assert same.shape == (3, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("batch", 3), ("2*batch", 6), ("batch*4 + 1", 13), ("-1 + batch", 2), ("(batch//2)*5", 5)]
+)
+def test_extents(text: str, size: int) -> None:
+    assert extent(text, 3) == size
 
 
 class Counting(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from halfbyte.data import Labelled, Samples, calibration, check_inputs, labelled
+from halfbyte.data import Labelled, Samples, calibration, check_inputs, example, labelled
 from halfbyte.errors import DataError, UsageError
 from halfbyte.preprocess import Preprocess
 
@@ -363,3 +363,75 @@ def test_mismatches_say_what_to_do(tensor: torch.Tensor, expected: Any, words: s
 def test_number_of_inputs() -> None:
     with pytest.raises(DataError, match="batch 3 has 1 tensors but the network takes 2 inputs: 'x', 'ids'"):
         check_inputs((torch.ones(1),), [PICTURES, IDS], "batch 3")
+
+
+def by_defaults(ids: Any = None, mask: Any = None, size: int = 3, labels: Any = None, extra: Any = None) -> None:
+    """Parameters as transformers have them."""
+
+
+def requiring(x: Any, mask: Any = None) -> None:
+    """One input is required."""
+
+
+def any_number(*x: Any) -> None:
+    """However many."""
+
+
+WORDS, MASK, CLASSES = torch.arange(12).reshape(4, 3), torch.ones(4, 3), torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("forward", "source", "expected"),
+    [
+        (by_defaults, WORDS, [WORDS]),
+        (by_defaults, [(WORDS, MASK)], [WORDS, MASK]),
+        (by_defaults, [{"mask": MASK, "labels": CLASSES, "ids": WORDS, "size": 4}], {"ids": WORDS, "mask": MASK}),
+        (by_defaults, {"extra": MASK, "ids": WORDS.numpy(), "labels": CLASSES}, {"ids": WORDS, "extra": MASK}),
+        (by_defaults, lambda: iter([[WORDS]]), [WORDS]),
+        (requiring, [WORDS], [WORDS]),
+        (requiring, [{"x": MASK, "y": WORDS}], {"x": MASK}),
+        (requiring, [{"mask": MASK, "x": WORDS}], {"x": WORDS, "mask": MASK}),
+        (any_number, [(WORDS, MASK, MASK)], [WORDS, MASK, MASK]),
+    ],
+)
+def test_an_example_is_what_the_data_hold(forward: Any, source: Any, expected: Any) -> None:
+    found = example(forward, source)
+    assert isinstance(found, dict) == isinstance(expected, dict)
+    got, wanted = (list(t.values()) if isinstance(t, dict) else t for t in (found, expected))
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype and len(a) == 2
+        assert all(any(torch.equal(row, known) for known in b) for row in a)
+    assert not isinstance(found, dict) or list(found) == list(expected)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_an_example_from_a_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "npy":
+        np.save(path, WORDS.numpy())
+    else:
+        np.savez(path, mask=MASK.numpy(), ids=WORDS.numpy(), labels=CLASSES.numpy())
+    found = example(by_defaults, path)
+    names = list(found) if isinstance(found, dict) else len(found)
+    assert names == (["ids", "mask"] if suffix == "npz" else 1)
+
+
+@pytest.mark.parametrize(
+    ("forward", "source", "words"),
+    [
+        (requiring, [(WORDS, CLASSES)], "2 tensors but the network takes 1 .x.; yield the inputs without labels"),
+        (requiring, [{"mask": MASK}], "no array for the input 'x'"),
+        (by_defaults, [], "gives no batches"),
+    ],
+)
+def test_no_example(forward: Any, source: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        example(forward, source)
+
+
+@pytest.mark.parametrize("label", ["target", "targets", "label", "labels"])
+def test_classes_beside_the_inputs(label: str) -> None:
+    for source in ({"ids": WORDS, label: CLASSES}, [{label: CLASSES, "ids": WORDS}]):
+        data = labelled(source, preprocess=None, input_names=["ids"], outputs=2)
+        ((inputs, target),) = data
+        assert torch.equal(inputs[0], WORDS) and torch.equal(target, CLASSES)

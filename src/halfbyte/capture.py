@@ -94,15 +94,16 @@ def _check_finite(net: nn.Module) -> None:
 
 
 @contextmanager
-def _eval_mode(net: nn.Module) -> Any:
-    """Eval mode inside, each module's own mode again outside."""
-    modes = {module: module.training for module in net.modules()}
+def _as_found(net: nn.Module) -> Any:
+    """Eval mode inside; outside, each module as it was: its mode, and whatever ``forward`` keeps in attributes (YOLO its anchors)."""
+    before = [(module, dict(vars(module))) for module in net.modules()]
     net.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def doubled(inputs: Inputs) -> Inputs:
@@ -115,22 +116,24 @@ def doubled(inputs: Inputs) -> Inputs:
 def _export(net: nn.Module, given: _Given) -> ExportedProgram:
     inputs = given.tensors
     sizes = {t.shape[0] for t in inputs if t.ndim}
-    with _eval_mode(net), torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if len(sizes) == 1 and all(t.ndim for t in inputs):
             example = replace(given, tensors=doubled(inputs))
             try:
-                return _quietly(net, example, dynamic_shapes=_free_batch(example.tensors))
+                with _as_found(net):
+                    return _quietly(net, example, dynamic_shapes=_free_batch(example.tensors))
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
-        try:
-            return _quietly(net, given)
-        except Exception as error:
-            _check_runs(net, given)
-            raise CaptureError(
-                f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}; forward has to take one path for all "
-                "data (torch.where in place of an if) and to compute with torch alone"
-            ) from error
+        with _as_found(net):
+            _check_runs(net, given)  # and what it computes once for inputs of this size is there
+            try:
+                return _quietly(net, given)
+            except Exception as error:
+                raise CaptureError(
+                    f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}; forward has to take one path for "
+                    "all data (torch.where in place of an if) and to compute with torch alone"
+                ) from error
 
 
 def _quietly(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
@@ -308,7 +311,7 @@ def _name(node: fx.Node, module: str, alone: bool) -> str:
 @torch.inference_mode()
 def _check_same(m: QModel, reference: nn.Module, given: _Given) -> None:
     """The captured graph must compute what the network computes; otherwise everything after it is about another network."""
-    with _eval_mode(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
+    with _as_found(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
         expected = pytree.tree_leaves(given.called(reference))
     got = run(m, given.inputs(m))
     for name, a, b in zip(m.outputs, expected, got, strict=True):

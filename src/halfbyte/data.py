@@ -30,7 +30,7 @@ Source = (
     | Iterable[Any]
     | Callable[[], Iterable[Any]]
 )
-_LABELS = ("labels", "label", "target", "targets")  # what networks that compute their own loss call them
+_LABELS = ("target", "targets", "label", "labels")  # what data, and networks that compute their own loss, call them
 _SPEC = re.compile(r".+:[^\W\d]\w*")
 _FORMS = "give a folder of pictures, an .npy or .npz file, 'file.py:function' or 'package.module:function'"
 
@@ -158,11 +158,12 @@ def labelled(
 ) -> Labelled:
     """Samples with the class index of each, from the sources of ``calibration``.
 
-    A folder has a sub-folder for each class, an .npz file or mapping an array ``target`` ``[N]``, and code or an
-    iterable yields ``(inputs, target)``. ``outputs`` is the number of classes of the network. ``limit`` takes samples
-    spread evenly over a folder or file (which is often sorted by class) but the first of a stream. ``classes`` gives
-    the index of each class folder: a text file with one name per line or a JSON object ``{name: index}``; without it
-    numbers are indices, and other names count in sorted order if there are ``outputs`` of them. Errors as there.
+    A folder has a sub-folder for each class, an .npz file or mapping an array ``target`` ``[N]`` (or ``targets``,
+    ``label``, ``labels``), and code or an iterable yields ``(inputs, target)`` or such mappings. ``outputs`` is the
+    number of classes of the network. ``limit`` takes samples spread evenly over a folder or file (which is often sorted
+    by class) but the first of a stream. ``classes`` gives the index of each class folder: a text file with one name per
+    line or a JSON object ``{name: index}``; without it numbers are indices, and other names count in sorted order if
+    there are ``outputs`` of them. Errors as there.
     """
     _positive(batch=batch, **({} if limit is None else {"limit": limit}))
     found, names = _locate(source), tuple(input_names)
@@ -184,6 +185,9 @@ def labelled(
     else:
 
         def convert(item: object, where: str) -> Batch:
+            label = _label(item, names) if isinstance(item, Mapping) else None
+            if isinstance(item, Mapping) and label is not None:
+                item = (item, item[label])
             if not isinstance(item, list | tuple) or len(item) != 2:
                 raise DataError(f"{where} is not a pair (inputs, target); yield both")
             return check((*_batch(item[0], names, where), _tensor(item[1], f"the target of {where}")), where)
@@ -293,7 +297,7 @@ def _batch(item: object, names: tuple[str, ...], where: str) -> Batch:
 
 def _pick(arrays: Mapping[str, Any], names: tuple[str, ...], where: str) -> list[Any]:
     """The arrays of the inputs in the order of the network; a single array serves a single input by any name."""
-    held = [key for key in arrays if key != "target" or key in names]
+    held = [key for key in arrays if key not in _LABELS or key in names]
     if len(names) == len(held) == 1:
         return [arrays[held[0]]]
     missing = [name for name in names if name not in held]
@@ -303,6 +307,11 @@ def _pick(arrays: Mapping[str, Any], names: tuple[str, ...], where: str) -> list
             f"(it holds {', '.join(map(repr, held)) or 'none'}); name each array as the input of the network"
         )
     return [arrays[name] for name in names]
+
+
+def _label(held: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """What the classes of samples are called, where they lie beside the inputs."""
+    return next((key for key in _LABELS if key in held and key not in names), None)
 
 
 def _samples(arrays: Sequence[Any], names: tuple[str, ...], where: str) -> int:
@@ -367,8 +376,9 @@ def _arrays(source: object, name: str, names: tuple[str, ...]) -> tuple[_Table, 
                 opened = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
             held = opened if isinstance(opened, Mapping) else {"the array": opened}
             arrays = _pick(held, names, name)
-            if "target" in held and "target" not in names:
-                target = held["target"]
+            label = _label(held, names)
+            if label is not None:
+                target = held[label]
     except HalfbyteError:
         raise
     except Exception as error:  # of zipfile, zlib, tokenize or NumPy, by the place of the damage

@@ -178,7 +178,9 @@ _LISTS = ("split", "split_with_sizes", "chunk", "unbind")  # the value is a list
 
 
 def base_name(node: fx.Node) -> str:
-    """``aten.add.Tensor`` -> ``add``: the operation without namespace and overload."""
+    """``aten.add.Tensor`` -> ``add``: the operation without namespace and overload; of a parameter, nothing."""
+    if node.op == "get_attr":
+        return ""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[1]
     return getattr(node.target, "__name__", str(node.target))
