@@ -1,6 +1,7 @@
 """Networks become graphs: stable names, the same outputs, nothing changed behind the user's back, refusals."""
 
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -320,6 +321,26 @@ def test_refusals_name_the_reason(net: nn.Module, message: str) -> None:
     with pytest.raises(CaptureError, match=message) as refused:
         hb.capture(net, torch.randn(2, 3))
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_roundings_that_a_deep_network_makes_large_are_no_difference(
+    gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), Function(lambda _, x: torch.sin(x))) for _ in range(20)))
+    with torch.no_grad():
+        for block in net:
+            block[0].weight.mul_(gain * 2)
+    run = hb.run
+    monkeypatch.setattr(
+        sys.modules["halfbyte.capture"], "run", lambda m, x: tuple(t + 3e-4 * t.abs().max() for t in run(m, x))
+    )
+    if gain > 1:
+        hb.capture(net, torch.randn(2, 8))
+        return
+    with pytest.raises(CaptureError, match=r"at output 'output' by 0.0003"):
+        hb.capture(net, torch.randn(2, 8))
 
 
 @pytest.mark.parametrize("example", [(), "x", [torch.zeros(2), 3]])
