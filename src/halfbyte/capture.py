@@ -1,5 +1,6 @@
 """A network and an example become a :class:`QModel`: ``torch.export``'s ATen graph with stable value names."""
 
+import inspect
 import io
 import logging
 import math
@@ -39,7 +40,7 @@ def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     it (an example of batch 1 is doubled for that, because torch would make a constant of it). The module is captured in eval mode
     and left as it was found. Raises :class:`CaptureError`.
     """
-    given = _Given.of(example)
+    given = _Given.of(example, net)
     reference = net.module() if isinstance(net, ExportedProgram) else net
     _check_finite(reference)
     program = net if isinstance(net, ExportedProgram) else _export(net, given)
@@ -57,9 +58,13 @@ class _Given:
     names: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, example: Example) -> "_Given":
-        """Raises :class:`CaptureError` where it holds something else than tensors."""
-        names = tuple(map(str, example)) if isinstance(example, Mapping) else ()
+    def of(cls, example: Example, net: nn.Module | ExportedProgram) -> "_Given":
+        """By name in the order of ``forward``. Raises :class:`CaptureError` where there is something else than tensors."""
+        names: tuple[str, ...] = ()
+        if isinstance(example, Mapping):
+            known = list(inspect.signature(net.forward).parameters) if isinstance(net, nn.Module) else []
+            example = dict(sorted(example.items(), key=lambda k: known.index(k[0]) if k[0] in known else len(known)))
+            names = tuple(example)
         values = example.values() if isinstance(example, Mapping) else example
         tensors = (values,) if isinstance(values, Tensor) else tuple(values)
         if not tensors or not all(isinstance(t, Tensor) for t in tensors):

@@ -32,9 +32,10 @@ Array = np.ndarray[Any, Any]
 class Proof(Shown):
     """What was compared, and the verdict.
 
-    equal: nothing differs that has to be equal. values: integer values compared exactly. rounded: values behind float
-    operations that are not equal, but within one step. unjudged: values and outputs behind these, which cannot be compared
-    exactly. difference: the first value that differs, in the order of computation, as a sentence.
+    equal: nothing differs that has to be equal. values: of integers that integer kernels write, which have to be equal. behind:
+    of integers that are rounded behind float operations, and are equal, too; rounded: that are not equal, but within one step.
+    unjudged: values and outputs behind these, which cannot be compared exactly. difference: the first value that differs, in the
+    order of computation, as a sentence.
     """
 
     equal: bool
@@ -45,11 +46,16 @@ class Proof(Shown):
     engine: str
     made_on: str
     difference: str | None = None
+    behind: int = 0
 
     def __str__(self) -> str:
         if not self.equal:
             return f"not proven on {self.engine}: {self.difference} (proven on {self.made_on})"
-        text = f"equal on {self.engine}: {self.values} integer values on {self.samples} samples, as proven on {self.made_on}"
+        more = f" and {self.behind} behind float operations" if self.behind else ""
+        text = (
+            f"equal on {self.engine}: {self.values} integer values{more} on {self.samples} samples, "
+            f"as proven on {self.made_on}"
+        )
         if self.rounded:
             text += (
                 f"; {self.rounded} values behind float operations differ by a step at ties, and {self.unjudged} values "
@@ -173,8 +179,9 @@ def _compared(data: bytes, described: dict[str, Any], arrays: dict[str, Array], 
                 return Proof(False, sample + 1, _exact(records), len(rounded), len(unjudged), engine, made_on, text)
             off.add(i)
         rounded |= off
-    exact = sum(r["exact"] and not r["output"] for i, r in enumerate(records) if i not in unjudged)
-    return Proof(True, count, exact, len(rounded), len(unjudged), engine, made_on)
+    judged = [r for i, r in enumerate(records) if i not in unjudged | rounded and not r["output"]]
+    exact = sum(r["exact"] for r in judged)
+    return Proof(True, count, exact, len(rounded), len(unjudged), engine, made_on, behind=len(judged) - exact)
 
 
 def _exact(records: list[dict[str, Any]]) -> int:
