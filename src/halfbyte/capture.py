@@ -243,10 +243,10 @@ def _capture_log(graph: fx.Graph, dynamic: bool) -> list[LogEntry]:
 
 
 def _output_names(program: ExportedProgram, count: int) -> tuple[str, ...]:
-    """Names from the structure the network returns: dictionary keys and positions; 'output' for a single tensor."""
+    """Names from the structure the network returns: dictionary keys and positions; 'output' for a tensor alone."""
     names = [f"output_{i}" if count > 1 else "output" for i in range(count)]
     spec = program.call_spec.out_spec
-    if spec is not None and spec.num_leaves == count and count > 1:
+    if spec is not None and spec.num_leaves == count:
         paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))[0]
         keyed = ["_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths]
         if len(set(keyed)) == count and not any(k.isdigit() or not k for k in keyed):
