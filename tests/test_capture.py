@@ -1,5 +1,6 @@
 """Networks become graphs: stable names, the same outputs, nothing changed behind the user's back, refusals."""
 
+import copy
 import random
 import sys
 from typing import Any
@@ -197,6 +198,27 @@ def test_a_name_that_forward_does_not_know() -> None:
         CaptureError, match=r"does not run on an example of shape .* unexpected keyword argument 'pictures'"
     ):
         hb.capture(nn.Linear(3, 3), {"pictures": torch.zeros(2, 3)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_taken_as_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).to(dtype).eval()
+    m = hb.capture(net, torch.randn(2, 2, 5, 5).to(dtype))
+    name = str(dtype).removeprefix("torch.")
+    assert any(f"parameters of {name} were taken as float32" in str(entry) for entry in m.log)
+    assert net[0].weight.dtype == dtype and all(t.dtype == torch.float32 for t in m.params.values() if t.numel() > 1)
+    same_outputs(copy.deepcopy(net).float(), m, torch.randn(3, 2, 5, 5))
+    q = hb.quantize(net, [torch.randn(8, 2, 5, 5).to(dtype)])
+    assert q.samples[0].dtype == torch.float32
+    program = torch.export.export(net, (torch.randn(2, 2, 5, 5).to(dtype),))
+    with pytest.raises(CaptureError, match=rf"computes in {name}: export the network after net.float\(\)"):
+        hb.capture(program, torch.randn(2, 2, 5, 5))
+
+
+def test_an_example_of_a_type_that_the_network_does_not_take() -> None:
+    with pytest.raises(CaptureError, match=r"does not run on an example of shape \[2, 3\] of uint8"):
+        hb.capture(nn.Linear(3, 3), torch.zeros(2, 3, dtype=torch.uint8))
 
 
 class Caching(nn.Module):

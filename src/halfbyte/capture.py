@@ -1,5 +1,6 @@
 """A network and an example become a :class:`QModel`: ``torch.export``'s ATen graph with stable value names."""
 
+import copy
 import inspect
 import io
 import logging
@@ -38,16 +39,28 @@ def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     net: any module that ``torch.export`` takes, or an exported program. example: one tensor for each input, in order or, as a
     mapping, by the names that ``forward`` gives them; the first dimension is the batch, and stays free where the network allows
     it (an example of batch 1 is doubled for that, because torch would make a constant of it). The module is captured in eval mode
-    and left as it was found. Raises :class:`CaptureError`.
+    and left as it was found; one of another floating-point type is captured as if it were of float32. Raises
+    :class:`CaptureError`.
     """
     given = _Given.of(example, net)
     reference = net.module() if isinstance(net, ExportedProgram) else net
     _check_finite(reference)
+    types = _other_floats(reference)
+    if types and isinstance(net, ExportedProgram):
+        raise CaptureError(f"the exported program computes in {types}: export the network after net.float()")
+    if types:
+        net = reference = copy.deepcopy(reference).float()
     program = net if isinstance(net, ExportedProgram) else _export(net, given)
     m = _from_program(_functional(program))
     m = canonicalize(m)
     _check_same(m, reference, given)
-    return m
+    return m.logged(LogEntry("capture", None, f"its parameters of {types} were taken as float32")) if types else m
+
+
+def _other_floats(net: nn.Module) -> str:
+    """Floating-point types of parameters and buffers other than float32."""
+    found = {t.dtype for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()}
+    return " and ".join(sorted(str(d).removeprefix("torch.") for d in found - {torch.float32}))
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class _Given:
             raise CaptureError(
                 "the example must be a tensor, or a sequence or a mapping of tensors, one for each input of the network"
             )
-        return cls(tensors, names)
+        return cls(tuple(t.float() if t.is_floating_point() else t for t in tensors), names)
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -133,7 +146,7 @@ def _export(net: nn.Module, given: _Given) -> ExportedProgram:
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
         with _as_found(net):
-            _check_runs(net, given)  # and what it computes once for inputs of this size is there
+            _outputs(net, given)  # it runs, and what it computes once for inputs of this size is there
             try:
                 return _quietly(net, given)
             except Exception as error:
@@ -149,10 +162,10 @@ def _quietly(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
         return export(net, given.ordered, given.named, **options)
 
 
-def _check_runs(net: nn.Module, given: _Given) -> None:
-    """Raise :class:`CaptureError` where not the capture is at fault, but the example."""
+def _outputs(net: nn.Module, given: _Given) -> list[Any]:
+    """What the network puts out, without its structure. Raises :class:`CaptureError` where it does not run on the example."""
     try:
-        given.called(net)
+        return pytree.tree_leaves(given.called(net))
     except Exception as error:
         shapes = " and ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in given.tensors)
         raise CaptureError(
@@ -319,12 +332,12 @@ def _name(node: fx.Node, module: str, alone: bool) -> str:
 def _check_same(m: QModel, reference: nn.Module, given: _Given) -> None:
     """The captured graph must compute what the network computes; otherwise everything after it is about another network."""
     with _as_found(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
-        expected = pytree.tree_leaves(given.called(reference))
+        expected = _outputs(reference, given)
         found = {name: _off(a, b) for name, a, b in zip(m.outputs, expected, run(m, given.inputs(m)), strict=True)}
         name = max(found, key=lambda k: found[k])
         if found[name] <= _TOLERANCE:
             return
-        again = pytree.tree_leaves(given.called(reference))
+        again = _outputs(reference, given)
         if all(map(torch.equal, expected, again)) and found[name] <= _ROUNDINGS * _rounding(reference, given, expected):
             return
     raise CaptureError(

@@ -294,7 +294,7 @@ def _announce(settings: Any, quiet: bool) -> None:
     note = ""
     if target.narrow_products:
         note = " (this CPU adds pairs of 8-bit products in 16 bits: weights are held to what cannot saturate; exact on every CPU)"
-    data = "no data" if settings.calibration is None else f"{settings.samples} samples, seed {settings.seed}"
+    data = "no data" if settings.calibration is None else f"up to {settings.samples} samples, seed {settings.seed}"
     say(quiet, f"{settings.bits} for {target.name}{note}, {data}")
     if settings.budget is not None:
         say(quiet, f"each layer gets one of these widths, so that it loses least under {settings.budget}")

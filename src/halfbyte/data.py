@@ -88,7 +88,7 @@ def calibration(
     ``batch`` samples. Of "file.py:function", "package.module:function" or an iterable of batches (tensor, array,
     tuple, list, or mapping by input name), the first samples are taken in the batches they come in. A one-shot
     iterator is kept in memory; anything else is started again for each pass and must then give the same batches.
-    float64 becomes float32, other types stay. Raises DataError, also while iterating, or UsageError.
+    float64, float16 and bfloat16 become float32, other types stay. Raises DataError, also while iterating, or UsageError.
     """
     _positive(samples=samples, batch=batch)
     found, names = _locate(source), tuple(input_names)
@@ -276,7 +276,7 @@ def _tensor(value: object, where: str) -> torch.Tensor:
         value = value.detach().to("cpu", copy=True)
     if not isinstance(value, torch.Tensor):
         raise DataError(f"{where} is a {type(value).__name__}; give a tensor or a NumPy array")
-    return value.float() if value.dtype == torch.float64 else value
+    return value.float() if value.is_floating_point() else value
 
 
 def _tensors(values: Sequence[object], names: tuple[str, ...], where: str) -> Batch:
