@@ -144,7 +144,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "not a module": (("number", "{}/x.npy"), "returned int"),
     "raises": (("raises", "{}/x.npy"), "ValueError: no weights here (tinynet.py, line"),
     "not exportable": (("branch", "{}/x.npy"), "cannot"),
-    "no example": (("build", "{}/x.npy"), "--size"),
+    "no example": (("build", "{}/photos"), "--size"),
     "nan weight": (("nan", "{}/x.npy"), "first.weight"),
     "no data": (("pair", "{}/gone"), "there is no file or folder"),
     "shape": (("pair", "{}/shape.npy"), "[5, 3, 9, 8]"),
@@ -203,6 +203,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(material: Path, case: str) -> 
     assert words in told[0]
     assert "Traceback" not in text
     assert files(material) == before
+
+
+def test_without_example_a_network_is_captured_on_samples(tmp_path: Path) -> None:
+    array(tmp_path / "x.npy")
+    code, text = quantize(tmp_path, network(tmp_path, "build"), tmp_path / "x.npy")
+    assert code == 0, text
+    assert "proven equal" in text
+    again = halfbyte("quantize", network(tmp_path, "build"), "--data-free", "-o", tmp_path / "other")
+    assert again.exit_code == 2
+    assert "brings no example inputs" in again.output
 
 
 def test_calibration_is_needed(tmp_path: Path) -> None:

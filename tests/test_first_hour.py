@@ -47,7 +47,7 @@ training = lambda: (Net().train(), EXAMPLE)
 state = lambda: Net().state_dict()
 ready = build()
 other_channels = lambda: (build(), torch.zeros(1, 1, 8, 8))
-double = lambda: (build(), EXAMPLE.double())
+pixels = lambda: (build(), EXAMPLE.byte())
 shape = lambda: (build(), (1, 3, 8, 8))
 branching = lambda: (Branching().eval(), EXAMPLE)
 recurrent = lambda: (Recurrent().eval(), torch.zeros(1, 5, 8))
@@ -83,7 +83,7 @@ MISTAKES = {
     "quantize net.py:build": ("brings no example inputs", "return (module, example inputs), or give --size"),
     "quantize net.py:shape": ("must be tensors", "such as torch.zeros"),
     "quantize net.py:other_channels": ("does not run on an example of shape [1, 1, 8, 8]", "give an example as"),
-    "quantize net.py:double": ("of float64", "give an example as the network takes it"),
+    "quantize net.py:pixels": ("of uint8", "give an example as the network takes it"),
     "quantize net.py:branching": ("torch.export cannot capture Branching", "torch.where in place of an if"),
     "quantize net.py:diverged": ("'head.weight' holds NaN", "checkpoint is damaged or training diverged"),
     "quantize net.py:recurrent": ("range of 1 values is unknown", "give --calibration"),
