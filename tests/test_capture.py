@@ -337,6 +337,7 @@ def branching(s: Any, x: Tensor) -> Tensor:
         (Counting(), "changes its buffer 'seen'"),
         (Function(branching), "torch.export cannot capture Function: "),
         (Function(lambda s, x: (x, 3)), "not a tensor"),
+        (Function(lambda s, x: (x + 1, random.Random())), r"returns a Random, which is no tensor: .*use_cache"),
         (Function(lambda s, x: x + torch.rand_like(x)), "random numbers"),
     ],
 )

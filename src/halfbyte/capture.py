@@ -150,6 +150,12 @@ def _export(net: nn.Module, given: _Given) -> ExportedProgram:
             try:
                 return _quietly(net, given)
             except Exception as error:
+                returned = re.search(r"Found <class '(?:.*\.)?(\w+)'> in output", str(error))
+                if returned:
+                    raise CaptureError(
+                        f"{type(net).__name__} returns a {returned[1]}, which is no tensor: return tensors only (networks of "
+                        "transformers return their cache unless config.use_cache is False)"
+                    ) from error
                 raise CaptureError(
                     f"torch.export cannot capture {type(net).__name__}: {_first_line(error)}; forward has to take one path for "
                     "all data (torch.where in place of an if) and to compute with torch alone"
