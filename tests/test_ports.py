@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 import tiny
+from halfbyte import engine
 from halfbyte.benchmark import between_files, float_file
 from halfbyte.evaluate import forwards
 from halfbyte.ports import pixel_grid
@@ -49,6 +50,38 @@ def quantized(target: str = "onnxruntime", **options: object) -> hb.QModel:
 def shapes(path: Path) -> list[list[int | str]]:
     graph = onnx.load(str(path)).graph
     return [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_linear_layers_of_tokens_stay_integers_in_a_static_file(tmp_path: Path, batch: int | None) -> None:
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 16))
+    p = hb.export_onnx(hb.quantize(net, [torch.randn(8, 10, 16)]), tmp_path / "net.onnx", static_batch=batch)
+    assert p.proven
+    assert p.kernels == {"MatMulIntegerToFloat": 3}
+
+
+class Windows(nn.Module):
+    """Rows of the first layer are windows of pictures, several of a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.reshape(-1, 4, 6))
+        return self.last(x).reshape(-1, 12, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_windows_of_any_batch_are_proven(tmp_path: Path, batch: int | None) -> None:
+    m = hb.quantize(Windows(), [torch.randn(8, 12, 6)])
+    assert any("3*batch" in n.meta.get("shape", ()) for n in m.graph.nodes)
+    assert hb.export_onnx(m, tmp_path / "net.onnx", static_batch=batch).proven
+    x = torch.randn(5, 12, 6)
+    (simulated,) = hb.predict(m, (x,))
+    (got,) = engine.infer(engine.session(tmp_path / "net.onnx"), (x,))
+    assert got.shape == (5, 12, 3)
+    assert torch.allclose(torch.from_numpy(got), simulated, atol=0.1)
 
 
 @pytest.mark.parametrize("target", ENGINES)

@@ -41,7 +41,8 @@ def infer(s: Any, inputs: Sequence[Any], outputs: Sequence[str] | None = None) -
     for start in range(0, count, fixed):
         portion = [np.take(a, range(start, start + fixed), 0, mode="clip") for a in arrays]
         parts.append(s.run(wanted, dict(zip(names, portion, strict=True))))
-    return [np.concatenate(p)[:count] for p in zip(*parts, strict=True)]
+    # Of windows, several rows belong to a sample.
+    return [np.concatenate(p)[: count * len(p[0]) // fixed] for p in zip(*parts, strict=True)]
 
 
 def fixed_batch(s: Any) -> int | None:

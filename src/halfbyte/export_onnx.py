@@ -277,6 +277,9 @@ def _linear(x: Any, weight: Any, bias: Any) -> Any:
     if x.shape is not None and len(x.shape) == 2:
         return op.Gemm(x, weight, *(() if bias is None else (bias,)))
     y = op.MatMul(x, weight)
+    if bias is not None and x.shape is not None and all(isinstance(d, int) for d in x.shape):
+        # Where all sizes are known, ONNX Runtime makes one float product of both, unless the bias has as many dimensions.
+        bias = op.Unsqueeze(bias, op.Constant(value_ints=list(range(len(x.shape) - 1))))
     return y if bias is None else op.Add(y, bias)
 
 

@@ -134,7 +134,8 @@ def in_batches(m: QModel, x: Inputs, forward: Callable[[Inputs], tuple[Tensor, .
         return forward(x)
     rows = [torch.arange(start, start + fixed).clamp(max=count - 1) for start in range(0, count, fixed)]
     parts = [forward(tuple(t[at.to(t.device)] for t in x)) for at in rows]
-    return tuple(torch.cat(some)[:count] for some in zip(*parts, strict=True))
+    # Of windows, several rows belong to a sample.
+    return tuple(torch.cat(some)[: count * len(some[0]) // fixed] for some in zip(*parts, strict=True))
 
 
 def steps(
