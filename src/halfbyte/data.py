@@ -137,10 +137,8 @@ def _first(found: object, name: str) -> object:
     if isinstance(found, Path):
         if found.suffix.lower() != ".npz":
             return None
-        with (
-            suppress(Exception),
-            np.load(found, allow_pickle=False) as held,
-        ):  # what is wrong with it shows when it is read
+        # What is wrong with a file is said when it is read.
+        with suppress(Exception), np.load(found, allow_pickle=False) as held:
             return dict.fromkeys(held.files)
         return None
     return found if _holds_arrays(found) else next(iter(items(found, name)), None)
