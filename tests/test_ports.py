@@ -247,3 +247,22 @@ def test_pixels_that_are_no_grid_are_refused_before_the_work(tmp_path: Path, opt
     )
     assert result.exit_code == 2 and why in result.output
     assert not (tmp_path / "out").exists()
+
+
+class SequenceFirst(nn.Module):
+    """Samples lie along the second dimension inside, as in nn.TransformerEncoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.transpose(0, 1))
+        return self.last(torch.relu(y)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("target", ENGINES)
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_samples_along_another_dimension_are_proven(tmp_path: Path, target: str, batch: int | None) -> None:
+    m = hb.quantize(SequenceFirst(), [torch.randn(8, 5, 6)], target=target)
+    assert hb.export_onnx(m, tmp_path / "net.onnx", static_batch=batch).proven

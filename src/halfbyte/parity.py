@@ -15,7 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
-from halfbyte.run import fixed_batch
+from halfbyte.run import filled, fixed_batch
 from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
 
@@ -131,8 +131,11 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain, instrumented = engine.session(data), engine.session(exposed)
     kernels, floats = engine.kernels(engine.optimized_graph(data))
     count, written = _Count(), integer_written(low)
+    # Where the file fixes the batch, what it takes at once, no more: not every value has its samples along the first dimension.
+    fixed = engine.fixed_batch(plain) if low.dynamic else fixed_batch(low)
+    given, samples = len(samples[0]), filled(samples, fixed or 1)
     agreed, farthest, total = 0, 0.0, len(samples[0])
-    step = _BATCH if low.dynamic else fixed_batch(low) or total
+    step = fixed or (_BATCH if low.dynamic else total)
     for start in range(0, total, step):
         batch = tuple(t[start : start + step] for t in samples)
         outputs = engine.infer(plain, batch)
@@ -155,7 +158,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         proven=count.first is None and total > 0,
         engine_version=ort.__version__,
         instruction_set=engine.instruction_set(),
-        samples=total,
+        samples=given,
         integer_values=len(count.integer),
         integer_elements=count.elements,
         integer_mismatches=count.mismatches,

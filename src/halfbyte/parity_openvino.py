@@ -22,7 +22,7 @@ from halfbyte.integer import run_integer
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
 from halfbyte.parity import Difference, Parity, same_decisions
-from halfbyte.run import fixed_batch
+from halfbyte.run import filled, fixed_batch
 
 _BATCH = 4
 _FLOAT_TOLERANCE = 1e-4
@@ -82,8 +82,10 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain = engine_openvino.session(data)
     exposed, names = _expose(data, {*readable(low), *_written(low)})
     instrumented = engine_openvino.session(exposed)
+    fixed = engine.fixed_batch(plain) if low.dynamic else fixed_batch(low)
+    given, samples = len(samples[0]), filled(samples, fixed or 1)  # see parity.compare
     seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, len(samples[0])
-    step = _BATCH if low.dynamic else fixed_batch(low) or total
+    step = fixed or (_BATCH if low.dynamic else total)
     for start in range(0, total, step):
         batch = tuple(t[start : start + step] for t in samples)
         outputs = [torch.from_numpy(a) for a in engine.infer(plain, batch)]
@@ -104,7 +106,7 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
         proven=first is None and total > 0,
         engine_version=engine_openvino.version(),
         instruction_set=engine.instruction_set(),
-        samples=total,
+        samples=given,
         integer_values=len(seen.elements),
         integer_elements=sum(seen.elements.values()),
         integer_mismatches=sum(seen.differing.values()),

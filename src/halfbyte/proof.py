@@ -21,7 +21,7 @@ from halfbyte.ops import CLIP_CODES, QUANTIZE
 from halfbyte.parity import exposed_values, from_integers, integer_written
 from halfbyte.ports import Ports
 from halfbyte.prove import VERSION, Array, Engine, digest
-from halfbyte.run import fixed_batch
+from halfbyte.run import filled, fixed_batch
 from halfbyte.store import write_whole
 
 SAMPLES = 4
@@ -42,7 +42,7 @@ def write_proof(m: QModel, file: Path, path: Path, ports: Ports | None = None) -
     rows = 1 if low.dynamic else fixed_batch(low) or len(samples[0])
     if ports.static_batch is not None:  # there may be fewer samples than the file takes at once
         rows = ports.static_batch
-        samples = tuple(t[torch.arange(max(rows, len(t))) % len(t)] for t in samples)
+        samples = filled(samples, rows)
     each = sum(t[:rows].numel() * t.element_size() for t in samples)
     count = max(1, min(SAMPLES, len(samples[0]) // rows, _INPUT_BYTES // max(each, 1)))
     records = _records(low, exposed_values(data))

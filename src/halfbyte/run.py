@@ -126,6 +126,13 @@ def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator
                 yield tuple(t[i : i + count] for t in batch) if count else batch
 
 
+def filled(x: Inputs, unit: int) -> Inputs:
+    """The samples, and some of them again until they make whole batches of so many."""
+    count = len(x[0])
+    rows = torch.arange(-(-count // unit) * unit) % count
+    return x if len(rows) == count else tuple(t[rows.to(t.device)] for t in x)
+
+
 def in_batches(m: QModel, x: Inputs, forward: Callable[[Inputs], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Outputs of any number of samples, of a network that may take a fixed number: the last batch is filled up and cut off again."""
     fixed = fixed_batch(m)
