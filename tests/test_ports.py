@@ -94,7 +94,8 @@ def test_a_static_batch_is_in_the_file_and_proven(tmp_path: Path, target: str, b
     assert shapes(path) == [[batch, 3, 8, 8], [batch, 4]]
     free = hb.export_onnx(m, tmp_path / "free.onnx", samples=(x,))
     assert shapes(tmp_path / "free.onnx")[0][0] == "batch"
-    assert p.integer_elements == free.integer_elements
+    compared = -(-5 // batch) * batch  # samples again, where they do not fill the last batch
+    assert p.integer_elements * 5 == free.integer_elements * compared
     assert torch.equal(forwards(m, path)["file"](x), forwards(m, tmp_path / "free.onnx")["file"](x))
 
 
