@@ -422,6 +422,8 @@ def test_an_example_from_a_file(tmp_path: Path, suffix: str) -> None:
         (requiring, [(WORDS, CLASSES)], "2 tensors but the network takes 1 .x.; yield the inputs without labels"),
         (requiring, [{"mask": MASK}], "no array for the input 'x'"),
         (by_defaults, [], "gives no batches"),
+        (by_defaults, [{"other": MASK}], r"holds none of the inputs that the network takes \(ids, mask, extra\)"),
+        (by_defaults, {"other": MASK, "labels": CLASSES}, "holds none of the inputs"),
     ],
 )
 def test_no_example(forward: Any, source: Any, words: str) -> None:

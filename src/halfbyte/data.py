@@ -112,7 +112,7 @@ def example(forward: Callable[..., Any], source: Source) -> Batch | dict[str, to
     """Samples to capture a network on: by name where the source has names, else in order.
 
     forward: what the network computes. Its inputs are the parameters without a default, and of the optional ones those that the
-    source has by these names; where all are optional, the first so many as a sample has tensors.
+    source has by these names; where all are optional, the first so many as a sample has tensors. Raises DataError.
     """
     found = _locate(source)
     first = _first(found, _name(source))
@@ -128,6 +128,9 @@ def example(forward: Callable[..., Any], source: Source) -> Batch | dict[str, to
         count = len(first) if isinstance(first, list | tuple) else 1
         several = (f"{p.name}_{i}" for p in parameters if p.kind is p.VAR_POSITIONAL for i in range(count))
         names = tuple(islice(takewhile(lambda n: n not in _LABELS, chain(optional, several)), count))
+    if not names:
+        known = ", ".join(n for n in optional if n not in _LABELS) or "no names"
+        raise DataError(f"{_name(source)} holds none of the inputs that the network takes ({known}); name them so")
     (batch,) = islice(calibration(source, preprocess=None, input_names=names, samples=2, batch=2), 1)
     return dict(zip(names, batch, strict=True)) if isinstance(first, Mapping) else batch
 
@@ -183,9 +186,9 @@ def labelled(
     else:
 
         def convert(item: object, where: str) -> Batch:
-            label = _label(item, names) if isinstance(item, Mapping) else None
-            if isinstance(item, Mapping) and label is not None:
-                item = (item, item[label])
+            if isinstance(item, Mapping):
+                label = _label(item, names)
+                item = item if label is None else (item, item[label])
             if not isinstance(item, list | tuple) or len(item) != 2:
                 raise DataError(f"{where} is not a pair (inputs, target); yield both")
             return check((*_batch(item[0], names, where), _tensor(item[1], f"the target of {where}")), where)

@@ -38,7 +38,6 @@ from halfbyte.ops import (
 from halfbyte.parity import Parity, codes_name, compare
 from halfbyte.parity_openvino import compare_openvino
 from halfbyte.ports import InputType, Ports, check_names, input_codes, rename_inputs, with_batch, without_rounding
-from halfbyte.run import filled, fixed_batch
 
 OPSET = 21
 _VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
@@ -97,8 +96,6 @@ def lowered(m: QModel, ports: Ports, samples: Inputs | None = None) -> tuple[QMo
     proof = samples if samples is not None else m.samples
     proof = proof or example_inputs(m)
     low = lower(m.to("cpu"))  # where the engine runs that proves the file
-    fixed = fixed_batch(low)
-    proof = filled(proof, fixed or 1)
     if ports.input_type == "uint8":
         low, proof = without_rounding(m, low), input_codes(m, proof)
     return replace(low, outputs=tuple(ports.output_names or low.outputs)), proof

@@ -131,13 +131,9 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain, instrumented = engine.session(data), engine.session(exposed)
     kernels, floats = engine.kernels(engine.optimized_graph(data))
     count, written = _Count(), integer_written(low)
-    # Where the file fixes the batch, what it takes at once, no more: not every value has its samples along the first dimension.
-    fixed = engine.fixed_batch(plain) if low.dynamic else fixed_batch(low)
-    given, samples = len(samples[0]), filled(samples, fixed or 1)
-    agreed, farthest, total = 0, 0.0, len(samples[0])
-    step = fixed or (_BATCH if low.dynamic else total)
-    for start in range(0, total, step):
-        batch = tuple(t[start : start + step] for t in samples)
+    batches = at_once(low, plain, samples, _BATCH)
+    agreed, farthest, total = 0, 0.0, sum(len(batch[0]) for batch in batches)
+    for batch in batches:
         outputs = engine.infer(plain, batch)
         values = dict(zip([o.name for o in instrumented.get_outputs()], engine.infer(instrumented, batch), strict=True))
         for name, a in zip(low.outputs, outputs, strict=True):
@@ -158,7 +154,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         proven=count.first is None and total > 0,
         engine_version=ort.__version__,
         instruction_set=engine.instruction_set(),
-        samples=given,
+        samples=len(samples[0]),
         integer_values=len(count.integer),
         integer_elements=count.elements,
         integer_mismatches=count.mismatches,
@@ -171,6 +167,17 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         kernels=dict(kernels),
         float_nodes=tuple(floats),
     )
+
+
+def at_once(low: QModel, file: Any, samples: Inputs, most: int) -> list[Inputs]:
+    """The samples in portions for a file's session: as many as it takes where it fixes the batch, some of them again in the last.
+
+    No more even where it could be run several times: not every value has its samples along the first dimension.
+    """
+    fixed = engine.fixed_batch(file) if low.dynamic else fixed_batch(low)
+    samples = filled(samples, fixed or 1)
+    step = fixed or (most if low.dynamic else len(samples[0]))
+    return [tuple(t[i : i + step] for t in samples) for i in range(0, len(samples[0]), step)]
 
 
 def _expose(data: bytes) -> tuple[bytes, list[str]]:

@@ -21,8 +21,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
-from halfbyte.parity import Difference, Parity, same_decisions
-from halfbyte.run import filled, fixed_batch
+from halfbyte.parity import Difference, Parity, at_once, same_decisions
 
 _BATCH = 4
 _FLOAT_TOLERANCE = 1e-4
@@ -82,12 +81,9 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain = engine_openvino.session(data)
     exposed, names = _expose(data, {*readable(low), *_written(low)})
     instrumented = engine_openvino.session(exposed)
-    fixed = engine.fixed_batch(plain) if low.dynamic else fixed_batch(low)
-    given, samples = len(samples[0]), filled(samples, fixed or 1)  # see parity.compare
-    seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, len(samples[0])
-    step = fixed or (_BATCH if low.dynamic else total)
-    for start in range(0, total, step):
-        batch = tuple(t[start : start + step] for t in samples)
+    batches = at_once(low, plain, samples, _BATCH)
+    seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, sum(len(batch[0]) for batch in batches)
+    for batch in batches:
         outputs = [torch.from_numpy(a) for a in engine.infer(plain, batch)]
         got = engine.infer(instrumented, batch, [*low.outputs, *names.values()])
         looked = [torch.from_numpy(a) for a in got[: len(outputs)]]
@@ -106,7 +102,7 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
         proven=first is None and total > 0,
         engine_version=engine_openvino.version(),
         instruction_set=engine.instruction_set(),
-        samples=given,
+        samples=len(samples[0]),
         integer_values=len(seen.elements),
         integer_elements=sum(seen.elements.values()),
         integer_mismatches=sum(seen.differing.values()),

@@ -39,10 +39,8 @@ def write_proof(m: QModel, file: Path, path: Path, ports: Ports | None = None) -
     ports = ports or Ports()
     low, samples = lowered(m, ports)
     data = file.read_bytes()
-    rows = 1 if low.dynamic else fixed_batch(low) or len(samples[0])
-    if ports.static_batch is not None:  # there may be fewer samples than the file takes at once
-        rows = ports.static_batch
-        samples = filled(samples, rows)
+    rows = ports.static_batch or (1 if low.dynamic else fixed_batch(low) or len(samples[0]))
+    samples = filled(samples, rows)  # there may be fewer than the file takes at once
     each = sum(t[:rows].numel() * t.element_size() for t in samples)
     count = max(1, min(SAMPLES, len(samples[0]) // rows, _INPUT_BYTES // max(each, 1)))
     records = _records(low, exposed_values(data))

@@ -139,8 +139,8 @@ def in_batches(m: QModel, x: Inputs, forward: Callable[[Inputs], tuple[Tensor, .
     count = len(x[0]) if x and x[0].ndim else 0
     if fixed is None or fixed == count or not count:
         return forward(x)
-    rows = [torch.arange(start, start + fixed).clamp(max=count - 1) for start in range(0, count, fixed)]
-    parts = [forward(tuple(t[at.to(t.device)] for t in x)) for at in rows]
+    full = filled(x, fixed)
+    parts = [forward(tuple(t[i : i + fixed] for t in full)) for i in range(0, count, fixed)]
     # Of windows, several rows belong to a sample.
     return tuple(torch.cat(some)[: count * len(some[0]) // fixed] for some in zip(*parts, strict=True))
 
