@@ -13,7 +13,7 @@ PACKAGE = Path(halfbyte.__file__).parent
 LAYERS: dict[int, str] = {
     0: "shown errors formats affine",
     1: "ops model graph chains run moments store effects channels",
-    2: "preprocess pictures loading opening data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
+    2: "preprocess pictures loading opening batches data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
     3: "targets overrides place",
     4: "stats grids transforms.rotate walk correct calibrate losses refine_ranges",

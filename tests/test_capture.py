@@ -339,6 +339,9 @@ def branching(s: Any, x: Tensor) -> Tensor:
         (Function(lambda s, x: (x, 3)), "not a tensor"),
         (Function(lambda s, x: (x + 1, random.Random())), r"returns a Random, which is no tensor: .*use_cache"),
         (Function(lambda s, x: x + torch.rand_like(x)), "random numbers"),
+        (torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3)), "scripted or traced module"),
+        (nn.LazyLinear(3), "parameter 'weight' has no shape yet"),
+        (nn.Linear(3, 3, device="meta"), "parameter 'weight' is on the device 'meta'"),
     ],
 )
 def test_refusals_name_the_reason(net: nn.Module, message: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset
 
 from halfbyte.data import Labelled, Samples, calibration, check_inputs, example, labelled
 from halfbyte.errors import DataError, UsageError
@@ -197,6 +198,44 @@ def test_callable_is_started_for_each_pass(tmp_path: Path) -> None:
     assert spec in samples.description
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        lambda x, y, t: (x, y, t),
+        lambda x, y, t: [x, y, t],
+        lambda x, y, t: ((x, y), t),
+        lambda x, y, t: [[x, y], t],
+        lambda x, y, t: ({"y": y, "x": x}, t),
+        lambda x, y, t: {"y": y, "x": x, "target": t},
+    ],
+)
+def test_a_target_beside_the_inputs_is_left_alone_and_serves_evaluation(item: Any) -> None:
+    x, y, t = torch.ones(2, 3), torch.zeros(2, 1), torch.tensor([2, 0])
+    (batch,) = calib([item(x, y, t)], names=("x", "y"))
+    assert [b.tolist() for b in batch] == [x.tolist(), y.tolist()]
+    ((inputs, target),) = label([item(x, y, t)], names=("x", "y"))
+    assert [b.tolist() for b in inputs] == [x.tolist(), y.tolist()]
+    assert target.tolist() == [2, 0]
+
+
+def test_a_target_may_be_anything_where_none_is_needed() -> None:
+    boxes = [{"boxes": torch.ones(1, 4)}, {}]
+    assert [len(b) for b in calib([(torch.ones(2, 3), boxes)])] == [1]
+    assert [len(b) for b in calib([(torch.ones(2, 3), torch.ones(2, 9, 9))])] == [1]
+
+
+def test_a_dataset_is_sampled_as_a_folder_is() -> None:
+    data = TensorDataset(torch.arange(40.0)[:, None], torch.arange(40) // 20)
+    first = calib(data, samples=7, seed=1)
+    assert first.count == 7 and "7 of 40 samples of the TensorDataset given" in first.description
+    assert values(first) == values(first) == sorted(set(values(first)))
+    assert values(first) != values(calib(data, samples=7, seed=2))
+    spread = label(data, limit=4)
+    assert spread.count == 4
+    assert [t for _, target in spread for t in target.tolist()] == [0, 0, 1, 1]
+    assert [len(t) for _, t in label(data)] == [32, 8]
+
+
 def test_items_of_every_form() -> None:
     x, y = torch.ones(2, 3), np.zeros((2, 1), np.int64)
     for item in ((x, y), [x, y], {"y": y, "x": x, "target": 0}):
@@ -212,7 +251,7 @@ def test_items_of_every_form() -> None:
         ([torch.ones(0, 3)], ("x",), "'x' of batch 0 of the list given is empty"),
         ([torch.ones(())], ("x",), "single number"),
         ([torch.ones(2), torch.tensor([1.0, float("inf")])], ("x",), "'x' of batch 1 .* holds infinity"),
-        ([(torch.ones(2), torch.ones(2))], ("x",), "2 tensors but the network takes 1 .* without labels"),
+        ([(torch.ones(2),) * 3], ("x",), r"3 tensors but the network takes 1 \(x\)"),
         ([torch.ones(2)], ("x", "y"), r"1 tensors but the network takes 2 \(x, y\)"),
         ([{"x": torch.ones(2)}], ("x", "y"), "no array for the input 'y'"),
         ([(torch.ones(2), torch.ones(3))], ("x", "y"), "'y' of batch 0 .* has 3 samples but 'x' has 2"),
@@ -311,7 +350,7 @@ def test_unusable_targets(target: np.ndarray, words: str) -> None:
 def test_missing_target() -> None:
     with pytest.raises(DataError, match="no array 'target'"):
         label(torch.ones(3))
-    with pytest.raises(DataError, match="is not a pair"):
+    with pytest.raises(DataError, match=r"is not \(inputs, target\), with inputs x"):
         list(label([torch.ones(3)]))
 
 
@@ -392,6 +431,13 @@ WORDS, MASK, CLASSES = torch.arange(12).reshape(4, 3), torch.ones(4, 3), torch.t
         (requiring, [{"x": MASK, "y": WORDS}], {"x": MASK}),
         (requiring, [{"mask": MASK, "x": WORDS}], {"x": WORDS, "mask": MASK}),
         (any_number, [(WORDS, MASK, MASK)], [WORDS, MASK, MASK]),
+        (requiring, [(WORDS, CLASSES)], [WORDS]),  # beside a target
+        (requiring, [(WORDS, MASK)], [WORDS, MASK]),
+        (by_defaults, [(WORDS, MASK, CLASSES)], [WORDS, MASK]),
+        (by_defaults, [((WORDS, MASK), CLASSES)], [WORDS, MASK]),
+        (by_defaults, [({"ids": WORDS}, CLASSES)], {"ids": WORDS}),
+        (any_number, [(WORDS, MASK, CLASSES)], [WORDS, MASK]),
+        (by_defaults, TensorDataset(WORDS, MASK, CLASSES), [WORDS, MASK]),
     ],
 )
 def test_an_example_is_what_the_data_hold(forward: Any, source: Any, expected: Any) -> None:
@@ -419,7 +465,6 @@ def test_an_example_from_a_file(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("forward", "source", "words"),
     [
-        (requiring, [(WORDS, CLASSES)], "2 tensors but the network takes 1 .x.; yield the inputs without labels"),
         (requiring, [{"mask": MASK}], "no array for the input 'x'"),
         (by_defaults, [], "gives no batches"),
         (by_defaults, [{"other": MASK}], r"holds none of the inputs that the network takes \(ids, mask, extra\)"),

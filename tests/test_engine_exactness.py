@@ -154,6 +154,29 @@ def test_linear_layers_of_vectors_and_tokens(tmp_path: Path) -> None:
     assert set(parity.kernels) <= {"MatMulIntegerToFloat", "QLinearMatMul"}
 
 
+class Embedding(nn.Module):
+    """A product that a layer reads as codes, and that is returned or read by a float operation as well."""
+
+    def __init__(self, bias: bool, returned: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.returned = nn.Linear(64, 32, bias=bias), nn.Linear(32, 10), returned
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        return y if self.returned else y.softmax(-1), self.second(y)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("returned", [True, False])
+@pytest.mark.parametrize("shape", [(32, 64), (32, 5, 64)])
+def test_a_product_for_integers_and_for_floats(
+    bias: bool, returned: bool, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    _, parity = exported(Embedding(bias, returned), torch.randn(shape), path=tmp_path)
+    assert sum(parity.kernels.values()) == 2
+    assert parity.integer_values == 1 + returned
+
+
 class Products(nn.Module):
     """Products of two activations, of three and of four dimensions, whose results are read as codes and as floats."""
 

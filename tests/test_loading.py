@@ -1,6 +1,7 @@
 """The user's code is found by name, its failures are told in one line, and it gives the same batches on every pass."""
 
 import json
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,16 +108,46 @@ def test_one_shot_generator_can_be_iterated_twice_though_it_reuses_its_buffer() 
     assert len(drawn) == 3
 
 
-def test_data_loader_is_used_as_it_is_unless_it_shuffles() -> None:
+class Augmented(torch.utils.data.Dataset[torch.Tensor]):
+    """Noise on every sample, from torch's random numbers or from others."""
+
+    def __init__(self, other: bool = False) -> None:
+        self.other = other
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.full((1,), random.random()) if self.other else index + torch.rand(1)
+
+
+def test_passes_of_a_data_loader_are_alike_though_it_shuffles_and_augments() -> None:
     data = torch.arange(64.0).reshape(64, 1)
     still = passes(torch.utils.data.DataLoader(data, batch_size=8), 20)
     assert values(still) == values(still) == list(range(20))
-    shuffled = passes(torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
-    list(shuffled())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for source in (data, Augmented()):
+        shuffled = passes(torch.utils.data.DataLoader(source, batch_size=8, shuffle=True), 20)
+        first = values(shuffled)
+        assert first == values(shuffled)
+        assert first != sorted(first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_loader_that_other_random_numbers_change_is_noticed() -> None:
+    start = passes(torch.utils.data.DataLoader(Augmented(other=True), batch_size=8))
+    list(start())
     with pytest.raises(
         DataError, match="batch 0 of source differs from the one of an earlier pass; turn off shuffling"
     ):
-        list(shuffled())
+        list(start())
+
+
+def test_a_dataset_gives_single_samples() -> None:
+    assert values(passes(lambda: torch.utils.data.Subset(torch.arange(40.0)[:, None], range(40)), 35)) == list(
+        range(35)
+    )
 
 
 @pytest.mark.parametrize("lengths", [(2, 1), (1, 2)])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from halfbyte.errors import CaptureError
@@ -42,9 +43,9 @@ def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     and left as it was found; one of another floating-point type is captured as if it were of float32. Raises
     :class:`CaptureError`.
     """
-    given = _Given.of(example, net)
     reference = net.module() if isinstance(net, ExportedProgram) else net
-    _check_finite(reference)
+    check_module(reference)
+    given = _Given.of(example, net)
     types = _other_floats(reference)
     if types and isinstance(net, ExportedProgram):
         raise CaptureError(f"the exported program computes in {types}: export the network after net.float()")
@@ -105,8 +106,19 @@ class _Given:
         return tuple(self.named[str(n.target)] for n in m.inputs) if self.names else self.tensors
 
 
-def _check_finite(net: nn.Module) -> None:
+def check_module(net: nn.Module) -> None:
+    """Raises :class:`CaptureError` for a module that torch cannot export, or whose parameters are no finite numbers."""
+    if isinstance(net, torch.jit.ScriptModule):
+        raise CaptureError(
+            "a scripted or traced module cannot be captured: give the torch.nn.Module that it was made of"
+        )
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(f"parameter '{name}' has no shape yet: run the network once before it is captured")
+        if tensor.is_meta:
+            raise CaptureError(
+                f"parameter '{name}' is on the device 'meta' and holds no numbers: load the weights first"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CaptureError(
                 f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged"

@@ -13,7 +13,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset, Subset
 
+from halfbyte.batches import (
+    LABELS,
+    as_tensor,
+    as_tensors,
+    checked,
+    checked_target,
+    count_samples,
+    inputs_of,
+    label_of,
+    ordered,
+    parted,
+    picked,
+)
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.loading import Batch, Pass, items, load_callable, stream
 from halfbyte.pictures import Rows, class_indices, fits, layout_hint, reader
@@ -30,7 +44,6 @@ Source = (
     | Iterable[Any]
     | Callable[[], Iterable[Any]]
 )
-_LABELS = ("target", "targets", "label", "labels")  # what data, and networks that compute their own loss, call them
 _SPEC = re.compile(r".+:[^\W\d]\w*")
 _FORMS = "give a folder of pictures, an .npy or .npz file, 'file.py:function' or 'package.module:function'"
 
@@ -85,51 +98,70 @@ def calibration(
 
     Of a folder of pictures (searched recursively; ``preprocess`` applies to these only), an .npy or .npz file, a
     tensor, an array or a mapping of arrays, ``seed`` chooses without replacement and the order is kept; batches hold
-    ``batch`` samples. Of "file.py:function", "package.module:function" or an iterable of batches (tensor, array,
-    tuple, list, or mapping by input name), the first samples are taken in the batches they come in. A one-shot
-    iterator is kept in memory; anything else is started again for each pass and must then give the same batches.
+    ``batch`` samples; so it does of a ``torch.utils.data.Dataset``, which gives samples one by one. Of "file.py:function",
+    "package.module:function" or an iterable of batches (tensor, array, tuple, list, or mapping by input name), the first samples
+    are taken in the batches they come in. A target beside the inputs is left alone. A one-shot iterator is kept in memory;
+    anything else is started again for each pass and must then give the same batches (a DataLoader that shuffles does).
     float64, float16 and bfloat16 become float32, other types stay. Raises DataError, also while iterating, or UsageError.
     """
     _positive(samples=samples, batch=batch)
     found, names = _locate(source), tuple(input_names)
 
     def check(flat: Batch, where: str) -> Batch:
-        return _checked(flat, names, where)
+        return checked(flat, names, where)
 
     if isinstance(found, Path) and found.is_dir():
         table = _pictures(found, find_pictures(found), preprocess, names)
     elif _holds_arrays(found):
         table, _ = _arrays(found, _name(source), names)
     else:
-        passes = stream(found, _name(source), samples, lambda item, where: check(_batch(item, names, where), where))
-        return Samples(f"the first {samples} samples of {_name(source)}", None, passes)
-    count = min(samples, table.total)
-    rows = np.sort(np.random.default_rng(seed).choice(table.total, size=count, replace=False))
+        name, told, known = _name(source), f"the first {samples} samples of {_name(source)}", None
+        if isinstance(found, Dataset) and hasattr(found, "__len__"):
+            rows = _chosen(len(found), samples, seed)
+            told, known = f"{len(rows)} of {len(found)} samples of {name}", len(rows)
+            found = Subset(found, rows.tolist())
+        passes = stream(found, name, samples, lambda item, where: check(inputs_of(item, names, where), where))
+        return Samples(told, known, passes)
+    rows = _chosen(table.total, samples, seed)
+    count = len(rows)
     return Samples(f"{count} of {table.total} samples of {table.name}", count, table.passes(rows, batch, check))
+
+
+def _chosen(total: int, samples: int, seed: int) -> Rows:
+    """Which samples: drawn without replacement, in their order."""
+    return np.sort(np.random.default_rng(seed).choice(total, size=min(samples, total), replace=False))
+
+
+def _spread(total: int, limit: int | None) -> Rows:
+    """Which samples: spread evenly, because files and folders are often sorted by class."""
+    count = min(limit or total, total)
+    return np.arange(count, dtype=np.int64) * total // count
 
 
 def example(forward: Callable[..., Any], source: Source) -> Batch | dict[str, torch.Tensor]:
     """Samples to capture a network on: by name where the source has names, else in order.
 
     forward: what the network computes. Its inputs are the parameters without a default, and of the optional ones those that the
-    source has by these names; where all are optional, the first so many as a sample has tensors. Raises DataError.
+    source has by these names or, in order, the first so many as a batch has tensors; class indices at the end of a batch are no
+    input. Raises DataError.
     """
     found = _locate(source)
     first = _first(found, _name(source))
+    if isinstance(first, list | tuple) and len(first) == 2 and isinstance(first[0], Mapping):  # beside a target
+        first = first[0]
     parameters = inspect.signature(forward).parameters.values()
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = tuple(p.name for p in plain if p.default is p.empty)
     optional = [p.name for p in plain if p.default is None]
     if isinstance(first, Mapping):
-        names = (*required, *(n for n in optional if n in first and n not in _LABELS))
-    elif required:
-        names = required
+        names = (*required, *(n for n in optional if n in first and n not in LABELS))
     else:
-        count = len(first) if isinstance(first, list | tuple) else 1
+        count = ordered(first)
         several = (f"{p.name}_{i}" for p in parameters if p.kind is p.VAR_POSITIONAL for i in range(count))
-        names = tuple(islice(takewhile(lambda n: n not in _LABELS, chain(optional, several)), count))
+        more = takewhile(lambda n: n not in LABELS, chain(optional, several))
+        names = (*required, *islice(more, max(0, count - len(required))))
     if not names:
-        known = ", ".join(n for n in optional if n not in _LABELS) or "no names"
+        known = ", ".join(n for n in optional if n not in LABELS) or "no names"
         raise DataError(f"{_name(source)} holds none of the inputs that the network takes ({known}); name them so")
     (batch,) = islice(calibration(source, preprocess=None, input_names=names, samples=2, batch=2), 1)
     return dict(zip(names, batch, strict=True)) if isinstance(first, Mapping) else batch
@@ -160,8 +192,8 @@ def labelled(
     """Samples with the class index of each, from the sources of ``calibration``.
 
     A folder has a sub-folder for each class, an .npz file or mapping an array ``target`` ``[N]`` (or ``targets``,
-    ``label``, ``labels``), and code or an iterable yields ``(inputs, target)`` or such mappings. ``outputs`` is the
-    number of classes of the network. ``limit`` takes samples spread evenly over a folder or file (which is often sorted
+    ``label``, ``labels``), and code, an iterable or a dataset yields ``(inputs, target)`` or such mappings. ``outputs`` is the
+    number of classes of the network. ``limit`` takes samples spread evenly over a folder, file or dataset (often sorted
     by class) but the first of a stream. ``classes`` gives the index of each class folder: a text file with one name per
     line or a JSON object ``{name: index}``; without it numbers are indices, and other names count in sorted order if
     there are ``outputs`` of them. Errors as there.
@@ -172,7 +204,7 @@ def labelled(
         raise UsageError(f"the class file {classes} applies to a folder of pictures only, not to {_name(source)}")
 
     def check(flat: Batch, where: str) -> Batch:
-        return (*_checked(flat[:-1], names, where), _checked_target(flat[-1], len(flat[0]), outputs, where))
+        return (*checked(flat[:-1], names, where), checked_target(flat[-1], len(flat[0]), outputs, where))
 
     if isinstance(found, Path) and found.is_dir():
         paths = find_pictures(found)
@@ -182,20 +214,23 @@ def labelled(
         table, given = _arrays(found, _name(source), names)
         if given is None:
             raise DataError(f"{table.name} holds no array 'target'; add one with the class index of each sample")
-        target = _checked_target(given, table.total, outputs, table.name)  # at once, not after an hour
+        target = checked_target(given, table.total, outputs, table.name)  # at once, not after an hour
     else:
 
         def convert(item: object, where: str) -> Batch:
-            if isinstance(item, Mapping):
-                label = _label(item, names)
-                item = item if label is None else (item, item[label])
-            if not isinstance(item, list | tuple) or len(item) != 2:
-                raise DataError(f"{where} is not a pair (inputs, target); yield both")
-            return check((*_batch(item[0], names, where), _tensor(item[1], f"the target of {where}")), where)
+            _, beside = parted(item, names)
+            if beside is None:
+                raise DataError(f"{where} is not (inputs, target), with inputs {', '.join(names)}; yield both")
+            return check((*inputs_of(item, names, where), as_tensor(beside, f"the target of {where}")), where)
 
-        return Labelled(_name(source), None, stream(found, _name(source), limit, convert))
-    count = min(limit or table.total, table.total)
-    rows = np.arange(count, dtype=np.int64) * table.total // count
+        name, told, known = _name(source), _name(source), None
+        if isinstance(found, Dataset) and hasattr(found, "__len__"):
+            rows = _spread(len(found), limit)
+            told, known = f"{len(rows)} of {len(found)} samples of {name}", len(rows)
+            found = Subset(found, rows.tolist())
+        return Labelled(told, known, stream(found, name, limit, convert))
+    rows = _spread(table.total, limit)
+    count = len(rows)
     both = _Table(table.name, table.total, lambda rows: (*table.read(rows), target[torch.from_numpy(rows)]))
     return Labelled(f"{count} of {table.total} samples of {table.name}", count, both.passes(rows, batch, check))
 
@@ -266,94 +301,6 @@ def _locate(source: Source) -> object:
     raise DataError(f"there is no file or folder {path}; {_FORMS}")
 
 
-def _tensor(value: object, where: str) -> torch.Tensor:
-    """A copy on the CPU, since user code may fill the same buffer again for its next batch."""
-    if isinstance(value, np.ndarray):
-        try:  # PyTorch takes the byte order of the machine only
-            value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("=")))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where} has the type {value.dtype}, which is no number PyTorch can hold") from error
-    elif isinstance(value, torch.Tensor):
-        value = value.detach().to("cpu", copy=True)
-    if not isinstance(value, torch.Tensor):
-        raise DataError(f"{where} is a {type(value).__name__}; give a tensor or a NumPy array")
-    return value.float() if value.is_floating_point() else value
-
-
-def _tensors(values: Sequence[object], names: tuple[str, ...], where: str) -> Batch:
-    return tuple(_tensor(v, f"input {n!r} of {where}") for n, v in zip(names, values, strict=True))
-
-
-def _batch(item: object, names: tuple[str, ...], where: str) -> Batch:
-    if isinstance(item, Mapping):
-        return _tensors(_pick(item, names, where), names, where)
-    given = tuple(item) if isinstance(item, list | tuple) else (item,)
-    if len(given) != len(names):
-        hint = "; yield the inputs without labels" if len(given) == len(names) + 1 else ""
-        raise DataError(
-            f"{where} has {len(given)} tensors but the network takes {len(names)} ({', '.join(names)}){hint}"
-        )
-    return _tensors(given, names, where)
-
-
-def _pick(arrays: Mapping[str, Any], names: tuple[str, ...], where: str) -> list[Any]:
-    """The arrays of the inputs in the order of the network; a single array serves a single input by any name."""
-    held = [key for key in arrays if key not in _LABELS or key in names]
-    if len(names) == len(held) == 1:
-        return [arrays[held[0]]]
-    missing = [name for name in names if name not in held]
-    if missing:
-        raise DataError(
-            f"{where} holds no array for the input{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} "
-            f"(it holds {', '.join(map(repr, held)) or 'none'}); name each array as the input of the network"
-        )
-    return [arrays[name] for name in names]
-
-
-def _label(held: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """What the classes of samples are called, where they lie beside the inputs."""
-    return next((key for key in _LABELS if key in held and key not in names), None)
-
-
-def _samples(arrays: Sequence[Any], names: tuple[str, ...], where: str) -> int:
-    """The number of samples, the first axis of all arrays or tensors."""
-    for name, array in zip(names, arrays, strict=True):
-        if array.ndim == 0:
-            raise DataError(f"input {name!r} of {where} is a single number; the first axis has to be the samples")
-        if len(array) != len(arrays[0]):
-            raise DataError(
-                f"input {name!r} of {where} has {len(array)} samples but {names[0]!r} has {len(arrays[0])}; "
-                "give as many of each"
-            )
-        if 0 in array.shape:
-            raise DataError(f"input {name!r} of {where} is empty (shape {list(array.shape)}); leave it out")
-    return len(arrays[0])
-
-
-def _checked(flat: Batch, names: tuple[str, ...], where: str) -> Batch:
-    _samples(flat, names, where)
-    for name, tensor in zip(names, flat, strict=True):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-            raise DataError(f"input {name!r} of {where} holds {kind}; repair the data or leave the sample out")
-    return flat
-
-
-def _checked_target(target: torch.Tensor, samples: int, outputs: int | None, where: str) -> torch.Tensor:
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise DataError(f"the target of {where} is {target.dtype}; give class indices as integers")
-    if list(target.shape) != [samples]:
-        raise DataError(
-            f"the target of {where} has shape {list(target.shape)}; give one class index a sample: [{samples}]"
-        )
-    target = target.to(torch.int64)
-    low, high = int(target.min()), int(target.max())
-    if low < 0 or (outputs is not None and high >= outputs):
-        valid = "0 or more" if outputs is None else f"0 to {outputs - 1}, the outputs of the network"
-        raise DataError(f"the target of {where} holds the class index {low if low < 0 else high}; valid are {valid}")
-    return target
-
-
 def _pictures(folder: Path, paths: Sequence[Path], preprocess: Preprocess | None, names: tuple[str, ...]) -> _Table:
     read = reader(folder, paths, preprocess, names)
     return _Table(str(folder), len(paths), lambda rows: (read(rows),))
@@ -376,8 +323,8 @@ def _arrays(source: object, name: str, names: tuple[str, ...]) -> tuple[_Table, 
                 file = source if mapped else stack.enter_context(source.open("rb"))
                 opened = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
             held = opened if isinstance(opened, Mapping) else {"the array": opened}
-            arrays = _pick(held, names, name)
-            label = _label(held, names)
+            arrays = picked(held, names, name)
+            label = label_of(held, names)
             if label is not None:
                 target = held[label]
     except HalfbyteError:
@@ -390,10 +337,10 @@ def _arrays(source: object, name: str, names: tuple[str, ...]) -> tuple[_Table, 
     for key, array in zip(names, arrays, strict=True):
         if not isinstance(array, np.ndarray | torch.Tensor):
             raise DataError(f"input {key!r} of {name} is a {type(array).__name__}; give a tensor or a NumPy array")
-    total = _samples(arrays, names, name)
+    total = count_samples(arrays, names, name)
 
     def read(rows: Rows) -> Batch:
         taken = [array[rows if isinstance(array, np.ndarray) else torch.from_numpy(rows)] for array in arrays]
-        return _tensors(taken, names, name)
+        return as_tensors(taken, names, name)
 
-    return _Table(name, total, read), None if target is None else _tensor(target, f"the target of {name}")
+    return _Table(name, total, read), None if target is None else as_tensor(target, f"the target of {name}")

@@ -200,8 +200,7 @@ def _classification(
     logits: dict[str, list[Tensor]] = {way: [] for way in ways}
     targets: list[Tensor] = []
     for i, (x, y) in enumerate(data):
-        if i == 0:
-            check_inputs(x, inputs, "batch 0 of the labelled data")
+        check_inputs(x, inputs, f"batch {i} of the labelled data")
         for way, forward in ways.items():
             out = forward(*x)
             first = out if isinstance(out, Tensor) else out[0]

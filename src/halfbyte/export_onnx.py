@@ -159,6 +159,7 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
     model = program.model
     _fold_sizes(model)
     _keep_in_float(model)
+    _keep_in_integers(model)
     _drop_idle_limits(model)
     _restore_names(model, original)
     if low.target is not None and low.target.name.startswith(engines.ONNXRUNTIME):
@@ -341,6 +342,7 @@ def _limits_in_rows(model: ir.Model) -> None:
 
 _LONG_PIXEL = 512  # channels
 _LAYERS = {"Conv", "ConvTranspose", "Gemm"}
+_PRODUCTS = {"Gemm", "MatMul"}
 _PASSED = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
@@ -357,10 +359,30 @@ def _keep_in_float(model: ir.Model) -> None:
         while (made := source.producer() if source is not None else None) is not None and made.op_type in _PASSED:
             source = made.inputs[0]
         if x is not None and _dequantized(source):
-            apart = ir.node("Sum", [x], name=f"{x.name}:apart")
-            apart.outputs[0].name = f"{x.name}:apart"
-            model.graph.insert_before(node, apart)
-            node.replace_input_with(0, apart.outputs[0])
+            _set_apart(model, node)
+
+
+def _keep_in_integers(model: ir.Model) -> None:
+    """A sum of one operand in front of the quantization of a product that is returned, or read by other operations, too.
+
+    ONNX Runtime multiplies in integers where nothing or a single quantization reads the product, and in float where both do.
+    """
+    for node in list(model.graph):
+        product = node.inputs[0].producer() if node.op_type == "QuantizeLinear" and node.inputs[0] is not None else None
+        if product is None or product.op_type not in _PRODUCTS or not _dequantized(product.inputs[0]):
+            continue
+        if product.outputs[0].is_graph_output() or len(product.outputs[0].uses()) > 1:
+            _set_apart(model, node)
+
+
+def _set_apart(model: ir.Model, node: ir.Node) -> None:
+    """A sum of one operand in front of an operation's first input, which ONNX Runtime does not look through."""
+    x = node.inputs[0]
+    assert x is not None
+    apart = ir.node("Sum", [x], name=f"{x.name}:apart")
+    apart.outputs[0].name = f"{x.name}:apart"
+    model.graph.insert_before(node, apart)
+    node.replace_input_with(0, apart.outputs[0])
 
 
 def _dequantized(value: ir.Value | None) -> bool:

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 
 Batch = tuple[torch.Tensor, ...]
 Pass = Callable[[], Iterator[Batch]]
+_AT_ONCE = 32  # samples of a dataset
 _COMPARED = 4096  # values of each tensor of the first batch that two passes are compared by
 
 
@@ -106,12 +108,36 @@ def items(source: Any, name: str) -> Iterator[object]:
     try:
         made = source() if callable(source) and not isinstance(source, Iterable) else source
         # An array is one batch; iterating over it would give its rows.
-        yield from [made] if isinstance(made, torch.Tensor | np.ndarray | Mapping) else made
+        yield from [made] if isinstance(made, torch.Tensor | np.ndarray | Mapping) else _started(made)
     except HalfbyteError:
         raise
     except Exception as error:  # whatever the code of the user raises
         code = getattr(source, "__code__", None)
         raise DataError(f"{name} fails with {blame(error, code.co_filename if code else None)}") from error
+
+
+def _started(source: Any) -> Iterable[object]:
+    """The batches of a source; a dataset gives single samples."""
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        source = DataLoader(source, batch_size=_AT_ONCE)
+    return _seeded(source) if isinstance(source, DataLoader) else source
+
+
+def _seeded(loader: DataLoader[Any]) -> Iterator[object]:
+    """A pass that shuffles and augments as every other does: by torch's random numbers from one seed, which nobody else sees."""
+    own, batches = torch.Generator().manual_seed(0).get_state(), None
+    while True:
+        before = torch.get_rng_state()
+        torch.set_rng_state(own)
+        try:
+            batches = iter(loader) if batches is None else batches
+            item = next(batches)
+        except StopIteration:
+            return
+        finally:
+            own = torch.get_rng_state()
+            torch.set_rng_state(before)
+        yield item
 
 
 def _module_of_file(path: Path) -> ModuleType:

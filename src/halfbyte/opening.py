@@ -130,7 +130,7 @@ def _read_state(path: Path, trust: bool) -> dict[str, Tensor]:
     return {str(k): t for k, t in state.items()}
 
 
-def _open_program(path: Path, trust: bool) -> tuple[ExportedProgram, tuple[Tensor, ...] | None]:
+def _open_program(path: Path, trust: bool) -> tuple[ExportedProgram, Example | None]:
     if not path.is_file():
         raise UsageError(f"there is no file '{path}'")
     if not trust:
@@ -142,8 +142,15 @@ def _open_program(path: Path, trust: bool) -> tuple[ExportedProgram, tuple[Tenso
         raise CaptureError(_PICKLED.format(path)) from error
     except Exception as error:
         raise CaptureError(f"'{path}' cannot be read as an exported program: {str(error).splitlines()[0]}") from error
-    example = program.example_inputs[0] if program.example_inputs else None
-    return program, tuple(example) if example and all(isinstance(t, Tensor) for t in example) else None
+    return program, example_of(program)
+
+
+def example_of(program: ExportedProgram) -> Example | None:
+    """The inputs that a program was exported on, in order or by name, if it has kept them."""
+    ordered, named = program.example_inputs or ((), {})
+    if named and not ordered and all(isinstance(t, Tensor) for t in named.values()):
+        return dict(named)
+    return tuple(ordered) if ordered and not named and all(isinstance(t, Tensor) for t in ordered) else None
 
 
 @contextmanager

@@ -77,7 +77,10 @@ class Parity(Shown):
         where = f"{self.engine_name} {self.engine_version} ({self.provider}, {self.instruction_set})"
         if not self.proven:
             return f"not proven on {where}: {self.first_difference or 'no samples'}"
-        compared = f"{self.integer_values} integer values, {self.integer_elements} elements on {self.samples} samples"
+        more = f" and {self.float_values} rounded from float" if self.float_values else ""
+        compared = (
+            f"{self.integer_values} integer values{more}, {self.integer_elements} elements on {self.samples} samples"
+        )
         if not self.integer_mismatches:
             return f"proven equal on {where}: {compared}, no difference"
         names = ", ".join(name for name, _, _ in self.differing[:3]) + (", ..." if len(self.differing) > 3 else "")
@@ -250,6 +253,10 @@ def _compare_outputs(count: _Count, low: QModel, expected: tuple[Tensor, ...], g
         exact = from_integers(node)
         tolerance = 0.0 if exact else _FLOAT_TOLERANCE * float(y.double().abs().max().clamp(min=1e-6))
         wrong = distance > tolerance
+        if exact and node.target is not DEQUANTIZE:  # whose codes are compared as a value
+            count.integer.add(name)
+            count.elements += x.numel()
+            count.mismatches += int(wrong.sum())
         if bool(wrong.any()):
             count.note(name, x, y, wrong)
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def load_samples(
     batch: int = 32,
     seed: int = 0,
 ) -> Samples:
-    """Open unlabelled data for a network and check that its first batch fits the network's inputs.
+    """Open unlabelled data for a network and check that its batches fit the network's inputs: the first now, all as they are read.
 
     A network of a fixed batch gets batches of that size, whatever ``batch`` says; those that come ready made may be larger.
     """
@@ -183,15 +183,19 @@ def load_samples(
         if isinstance(data, Samples)
         else calibration(data, preprocess=preprocess, input_names=names, samples=samples, batch=batch, seed=seed)
     )
-    for first in source:
-        count = len(first[0]) if first and first[0].ndim else 0
-        if fixed is not None and 0 < count < fixed:
-            raise DataError(
-                f"{source.description}: batch 0 has {count} samples, and the network takes {fixed} at a time: give at least that many"
-            )
-        check_inputs(first, expected_inputs(model), f"{source.description}, batch 0")
-        break
-    return source
+    expected = expected_inputs(model)
+
+    def fitting() -> Iterator[Inputs]:
+        for i, some in enumerate(source):
+            check_inputs(some, expected, f"{source.description}, batch {i}")
+            yield some
+
+    first = next(fitting(), ())
+    if fixed is not None and 0 < (count := len(first[0]) if first and first[0].ndim else 0) < fixed:
+        raise DataError(
+            f"{source.description}: batch 0 has {count} samples, and the network takes {fixed} at a time: give at least that many"
+        )
+    return Samples(source.description, source.count, fitting)
 
 
 @torch.inference_mode()

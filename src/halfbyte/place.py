@@ -143,7 +143,7 @@ def place(
             plan[name] = weight_format(target, form.bits, axis, symmetric=symmetric_weights)
     if not any(plan.values()):
         raise PlacementError(
-            "nothing in this network can be quantized for this target; " + "; ".join(map(str, log[:3]))
+            "; ".join(["nothing in this network can be quantized for this target", *map(str, log[:3])])
         )
     return replace(m, plan=plan, ties=ties, target=target).logged(*log)
 

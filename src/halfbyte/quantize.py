@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
-from halfbyte.capture import capture
+from halfbyte.capture import capture, check_module
 from halfbyte.data import Samples, Source, example, labelled
-from halfbyte.errors import UsageError
+from halfbyte.errors import CaptureError, UsageError
 from halfbyte.formats import Bits, parse_widths
 from halfbyte.graph import output_values
 from halfbyte.grids import GridRule
 from halfbyte.model import QModel, Target
+from halfbyte.opening import example_of
 from halfbyte.overrides import Overrides, parse_overrides
 from halfbyte.pipeline import by_recipe, choice_of, load_samples, recipe_for
 from halfbyte.ports import InputType, Ports, pixel_range, takes_pixels
@@ -26,7 +28,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.search import search
 from halfbyte.settings import capture_network, earlier_settings, seconds
 
-Network = QModel | nn.Module | str | PathLike[str]
+Network = QModel | nn.Module | ExportedProgram | str | PathLike[str]
 _CHOSEN = ("budget", "recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range")
 
 
@@ -216,8 +218,19 @@ def captured(
     """Any form of a network as a captured model; a module is captured on zeros of the pre-processing's size, else on samples."""
     if isinstance(network, QModel):
         return network
-    if not isinstance(network, nn.Module):
+    if isinstance(network, str | PathLike):
         return note_weights(capture_network(str(network), checkpoint, trust, preprocess, data))
+    if isinstance(network, ExportedProgram):
+        if (kept := example_of(network)) is None:
+            raise UsageError(
+                "the exported program has kept no example inputs: hb.capture(program, example inputs) first"
+            )
+        return note_weights(capture(network, kept))
+    if not isinstance(network, nn.Module):
+        raise CaptureError(
+            f"a {type(network).__name__} is no network: give a torch.nn.Module, or 'file.py:function' that returns one"
+        )
+    check_module(network)
     if preprocess is not None:
         return note_weights(capture(network, (torch.zeros(2, preprocess.channels, *preprocess.shape),)))
     if data is None or isinstance(data, Iterator):

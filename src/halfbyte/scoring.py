@@ -99,11 +99,10 @@ def decisions(
     reference, session = m.as_float(), engines.opened(engines.engine_of(m), file, threads=threads)
     codes = partial(input_codes, m) if engines.takes_bytes(session) else tuple
     rows: dict[str, list[Tensor]] = {"float": [], "file": [], "agreement": []}
-    labels = isinstance(data, Labelled)
+    labels, expected = isinstance(data, Labelled), expected_inputs(m)
     for i, item in enumerate(data):
         x, target = (item[0], item[1]) if labels else (item, None)
-        if i == 0:
-            check_inputs(x, expected_inputs(m), f"batch 0 of {data.description}")  # type: ignore[arg-type]
+        check_inputs(x, expected, f"batch {i} of {data.description}")  # type: ignore[arg-type]
         decided = _decided(reference, session, x, codes(x))  # type: ignore[arg-type]
         right = target if isinstance(target, Tensor) else decided["float"]
         if right.shape != decided["float"].shape:
