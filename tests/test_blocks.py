@@ -1,5 +1,6 @@
 """Blocks of layers refined together: where the graph is cut, and what must hold whatever the gradients do."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import halfbyte as hb
 from halfbyte import engine
 from halfbyte.affine import fake_quantize
 from halfbyte.blocks import blocks_of
+from halfbyte.errors import UsageError
 from halfbyte.graph import bias_of, layers, output_values, weight_of
 from halfbyte.model import value_name
 from halfbyte.refinement import LEARNED, Part, Rates
 from halfbyte.targets import find
 
+hb_blocks = sys.modules[blocks_of.__module__]
 SHORT = hb.Blocks(iterations=6, batch=8, layers=2)
 
 
@@ -180,3 +183,39 @@ def test_gradients_of_portions_are_those_of_the_batch(start: hb.QModel, monkeypa
     for portion in (3, 16):
         for found, t in zip(gradients(portion), wanted, strict=True):
             torch.testing.assert_close(found, t, rtol=1e-3, atol=1e-5 * float(t.abs().max()) + 1e-7)
+
+
+class Tokens(nn.Module):
+    """Two transformer blocks, whose samples lie along the second dimension inside, and whose heads are joined with them."""
+
+    def __init__(self, pairs: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.blocks, self.last = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 3)
+        self.pairs = pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.blocks(x).mean(1))
+        return y @ y.t() if self.pairs else y
+
+
+def test_samples_are_told_apart_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    m, x = hb.capture(Tokens().eval(), torch.randn(2, 5, 16)), torch.randn(11, 5, 16)
+    parts = blocks_of(m, 2)
+    assert len(parts) > 2
+    monkeypatch.setattr(hb_blocks, "fitting", lambda *_: 4)
+    stream = hb_blocks._Stream(m, (x,))
+    for part in parts:
+        env = stream.advanced(m, part, rounded=False)
+    (wanted,) = hb.run(m, (x,))
+    torch.testing.assert_close(env[output_values(m.graph)[0]], wanted)
+    quantized = hb.quantize(m, [(x,)] * 3, bits="W4A4", rounding="blocks", iterations=3)
+    assert any(e.stage == "blocks" and "steps" in e.figures for e in quantized.log)
+
+
+def test_outputs_of_several_samples_together_are_refused() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 16)
+    with pytest.raises(UsageError, match=r"output 'matmul' .* not one of separate samples"):
+        hb.quantize(hb.capture(Tokens(pairs=True).eval(), x), [(x,)], bits="W4A4", rounding="blocks", iterations=3)

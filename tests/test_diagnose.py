@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import wilcoxon
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import halfbyte as hb
 from halfbyte.diagnose import diagnose
@@ -107,12 +108,22 @@ def test_what_cannot_be_diagnosed(plain: Subject) -> None:
         diagnose(m.as_float())
     with pytest.raises(UsageError, match="no samples"):
         diagnose(replace(m, samples=()))
-    with pytest.raises(DataError, match="no samples"):
+    with pytest.raises(DataError, match="gives no batches"):
         diagnose(m, [])
-    with pytest.raises(DataError, match="cannot run"):
+    with pytest.raises(DataError, match=r"batch 0 of the data has shape \[2, 5, 16, 16\]"):
         diagnose(m, [torch.zeros(2, 5, 16, 16)])
-    with pytest.raises(DataError, match="holds 3"):
+    with pytest.raises(DataError, match="3 tensors but the network takes 1"):
         diagnose(m, [(plain.samples, plain.samples, plain.samples)])
+
+
+def test_data_of_every_form_are_the_same_samples(plain: Subject) -> None:
+    m, x = plain.quantized(), plain.samples[:8]
+    y = hb.predict(m.as_float(), (x,))[0].argmax(1)
+    sources = [x, [x], iter(x.split(4)), [(x, y)], [((x,), y)], TensorDataset(x, y), {"x": x, "label": y}]
+    found = [diagnose(m, source, samples=8, repairs=False) for source in sources]
+    assert [d.samples for d in found] == [8] * len(sources)
+    assert [d.labelled for d in found] == [False] * 3 + [True] * 4
+    assert all(set(d.quantizers) == set(found[0].quantizers) for d in found[1:])
 
 
 def test_a_check_that_fails_says_why(plain: Subject, tmp_path: Path) -> None:

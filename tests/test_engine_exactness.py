@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import halfbyte as hb
 from halfbyte import engine
+from halfbyte.affine import fake_quantize
 from halfbyte.errors import PlacementError
 from halfbyte.graph import output_values
 from halfbyte.lower import lower
@@ -63,7 +64,7 @@ def exported(
     assert parity.proven
     assert parity.integer_mismatches == 0
     low = lower(quantized)
-    fresh = tuple(torch.randn_like(t) * t.std() * 2 for t in inputs)
+    fresh = tuple(torch.randn_like(t) * t.std() * 2 if t.is_floating_point() else t.flip(0) for t in inputs)
     expected = hb.run_integer(low, fresh)
     got = engine.infer(engine.session(path / "net.onnx"), fresh)
     for node, name, e, g in zip(output_values(low.graph), low.outputs, expected, got, strict=True):
@@ -175,6 +176,55 @@ def test_a_product_for_integers_and_for_floats(
     _, parity = exported(Embedding(bias, returned), torch.randn(shape), path=tmp_path)
     assert sum(parity.kernels.values()) == 2
     assert parity.integer_values == 1 + returned
+
+
+class Words(nn.Module):
+    """Two tables, one of them larger than what a sample looks up, and maybe shared with the last layer."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.words, self.places, self.layer = nn.Embedding(400, 16), nn.Embedding(5, 16), nn.Linear(16, 16)
+        self.last = nn.Linear(16, 400, bias=False)
+        if tied:
+            self.last.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.last(F.gelu(self.layer(self.words(ids) + self.places(ids % 5))))
+        return y
+
+
+def test_tables_of_embeddings_are_stored_in_integers(tmp_path: Path) -> None:
+    model, ids = hb.capture(Words(), torch.zeros(2, 6, dtype=torch.long)), torch.randint(0, 400, (40, 6))
+    path = tmp_path / "net.onnx"
+
+    def stored(**options: Any) -> tuple[hb.QModel, dict[str, onnx.TensorProto]]:
+        quantized = hb.quantize(model, [ids], **options)
+        assert hb.export_onnx(quantized, path).proven
+        return quantized, {t.name: t for t in onnx.load(path).graph.initializer}
+
+    for bits in ("W8A8", "W4A8"):
+        quantized, held = stored(bits=bits)
+        form, grid = quantized.plan["words.weight"], quantized.grids["words.weight"]
+        assert form is not None and form.bits == 8 and form.symmetric and form.axis == 0 and grid.scale.shape == (400,)
+        assert any(e.value == "words.weight" and "stored in 8 bits" in str(e) for e in quantized.log)
+        assert quantized.plan["places.weight"] is None  # five rows for six words
+        assert held["words.weight:codes"].data_type == onnx.TensorProto.INT8
+        w = quantized.params["words.weight"]
+        assert float((fake_quantize(w, grid) - w).abs().max()) <= float(grid.scale.max())
+    largest = max(held.values(), key=lambda t: len(t.raw_data))
+    assert len(largest.raw_data) == 400 * 16
+    quantized, held = stored(overrides={"words": None})
+    assert quantized.plan["words.weight"] is None and len(held["words.weight"].raw_data) == 4 * 400 * 16
+    quantized, _ = stored(overrides={"words": hb.bits(6, 8)})
+    assert (form := quantized.plan["words.weight"]) is not None and form.bits == 6
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-per-tensor"])
+def test_a_table_that_a_layer_shares(target: str, tmp_path: Path) -> None:
+    _, parity = exported(Words(tied=True), torch.randint(0, 400, (40, 6)), path=tmp_path, target=target)
+    assert parity.kernels["MatMulIntegerToFloat"] == 2
+    held = {t.name: t for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert max(len(t.raw_data) for t in held.values()) == 400 * 16
 
 
 class Products(nn.Module):

@@ -282,3 +282,11 @@ def test_limits_that_cut_nothing_leave_the_moments() -> None:
     again = clipped(one, 0.0, float("inf"))
     assert float(again.mean) == float(one.mean)
     assert float(again.var) == float(one.var)
+
+
+def test_inputs_of_unknown_range_are_finite() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(7), nn.Linear(7, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    m = hb.quantize(hb.capture(net, torch.randn(2, 7)))
+    (x,) = m.samples
+    assert bool(torch.isfinite(x).all()) and float(x.std()) > 0.5

@@ -6,6 +6,7 @@ be left unrounded while a block is fitted (QDrop, arXiv 2203.05740).
 """
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
-from halfbyte.graph import extent, input_axis, layers, macs, per_sample
+from halfbyte.graph import extent, input_axis, layers, macs, output_values, per_sample
 from halfbyte.losses import noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
@@ -77,6 +78,10 @@ def refine(
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
     require_free_batch(m)
+    for node in output_values(m.graph):
+        if not _divisible(node):
+            text = f"output '{value_name(node)}' of shape {list(node.meta['shape'])} is not one of separate samples, which blocks need"
+            raise UsageError(f"{text}: choose --rounding descent (hb.Descent)")
     options = options or Blocks()
     store = Kept(kept, options, seed)
     m, done = _resumed(m, kept, store.identity)
@@ -136,8 +141,9 @@ def blocks_of(m: QModel, least: int) -> list[list[fx.Node]]:
         found[-1].append(n)
         held += n in every
         live = {v for v in (*live, n) if end[v] > i and v.op != "get_attr"}
-        carried = [v for v in live if v in computed]
-        if held >= least and carried == [n] and is_tensor(n) and any(v in every for v in nodes[i + 1 :]):
+        carried = [v for v in live if v in computed and kind(v) is not Kind.SHAPE]
+        apart = held >= least and carried == [n] and is_tensor(n) and all(map(_divisible, live))
+        if apart and any(v in every for v in nodes[i + 1 :]):
             found.append([])
             held = 0
     return found
@@ -176,29 +182,50 @@ class _Stream:
 
 
 def _joined(node: fx.Node, parts: list[Any]) -> Any:
-    if isinstance(parts[0], Tensor) and _is_batched(node):
-        return torch.cat(parts)
-    return sum(parts) if kind(node) is Kind.SHAPE and _follows_batch(node) else parts[0]
+    dim = _samples_dim(node)
+    if isinstance(parts[0], Tensor):
+        return parts[0] if dim is None else torch.cat(parts, dim)
+    return sum(parts) if _times_batch(node) else parts[0]
 
 
-def _is_batched(node: fx.Node) -> bool:
-    shape = node.meta.get("shape", ())
-    return bool(len(shape) > 0 and not isinstance(shape[0], int))
+def _samples_dim(node: fx.Node) -> int | None:
+    """The dimension of a value that is that of the samples, if one is that and no other depends on their number."""
+    free = [i for i, d in enumerate(node.meta.get("shape", ())) if not isinstance(d, int)]
+    alone = len(free) == 1 and [extent(node.meta["shape"][free[0]], count) for count in (1, 2)] == [1, 2]
+    return free[0] if alone else None
 
 
-def _follows_batch(node: fx.Node) -> bool:
-    """A size that is the size of the batch."""
-    return bool(str(node.target).startswith("aten.sym_size") and node.args[1] == 0)
+def _times_batch(node: fx.Node) -> int | None:
+    """A size over the number of samples: 0 where it does not depend on them, None where it is something else than a multiple."""
+    if str(node.target).startswith("aten.sym_size"):
+        source, dim = node.args
+        d = source.meta["shape"][dim]  # type: ignore[union-attr]
+        return 0 if isinstance(d, int) else extent(d) if extent(d, 2) == 2 * extent(d) else None
+    read = [_times_batch(n) if kind(n) is Kind.SHAPE else None for n in node.all_input_nodes]
+    factor = [a for a in node.args if isinstance(a, int)]
+    if node.target is operator.mul and len(read) == len(factor) == 1 and read[0] is not None:
+        return read[0] * factor[0]
+    return 0 if all(times == 0 for times in read) else None
+
+
+def _divisible(node: fx.Node) -> bool:
+    """Whether the value for some of the samples can be told from that for all."""
+    if kind(node) is Kind.SHAPE:
+        return _times_batch(node) is not None
+    sizes = node.meta.get("shape")
+    return sizes is not None and (_samples_dim(node) is not None or all(isinstance(d, int) for d in sizes))
 
 
 def sliced(env: Env, at: Tensor, count: int) -> Env:
     """Some of the samples."""
     found: Env = {}
     for node, value in env.items():
-        if isinstance(value, Tensor) and _is_batched(node) and len(value) == count:
-            found[node] = value[at.to(value.device)]
+        dim = _samples_dim(node)
+        if isinstance(value, Tensor):
+            whole = dim is None or value.shape[dim] != count
+            found[node] = value if whole else value.index_select(dim, at.to(value.device))  # type: ignore[arg-type]
         else:
-            found[node] = len(at) if _follows_batch(node) else value
+            found[node] = len(at) * times if (times := _times_batch(node)) else value
     return found
 
 
@@ -222,7 +249,7 @@ def _refined(
     part = Part(m, nodes, LEARNED, seed=seed, drop=o.drop)
     if not part.layers:
         return m.logged(LogEntry("blocks", name, "left as it is: nothing in it can be refined"))
-    total = len(next(t for n, t in env.items() if isinstance(t, Tensor) and _is_batched(n)))
+    total = next(t.shape[d] for n, t in env.items() if isinstance(t, Tensor) and (d := _samples_dim(n)) is not None)
     batch = o.batch or portion(part.layers)
 
     def loss(at: Tensor) -> Tensor:

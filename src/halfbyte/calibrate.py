@@ -1,6 +1,7 @@
 """Run the data once, summarize every planned value, and choose its grid."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -22,6 +23,7 @@ from halfbyte.graph import (
     layers,
     output_values,
     per_input,
+    table_of,
     tensors,
     twin_of,
     unblocks,
@@ -199,6 +201,8 @@ def synthetic_inputs(m: QModel, ranges: Mapping[str, tuple[float, float]], sampl
             coarse = torch.randn(*shape[:2], 7, 7, generator=generator)
             x = 0.3 * x + torch.nn.functional.interpolate(coarse, size=shape[2:], mode="bilinear")
         least, greatest = float(s.least.min()), float(s.greatest.max())
+        if not math.isfinite(greatest - least):  # nothing that is quantized depends on its range
+            least, greatest = -2.0, 2.0
         found.append(((least + greatest) / 2 + x * (greatest - least) / 4).clamp(least, greatest))
     return tuple(found)
 
@@ -273,7 +277,9 @@ def _parameter_grids(m: QModel, rule: GridRule, inputs: InputMoments) -> dict[st
             continue
         values = parameters[str(node.target)]
         layer = users.get(value_name(node))
-        if layer is None:  # an operand of an addition, say: a constant running value
+        if layer is None and any(table_of(u) is node for u in node.users):
+            found[value_name(node)] = rule.weight(values, form, False, None)
+        elif layer is None:  # an operand of an addition, say: a constant running value
             found[value_name(node)] = rule.activation(histogram(values), form)
         else:
             seen = inputs.get((value_name(layer.args[0]), input_axis(layer)))  # type: ignore[arg-type]

@@ -193,6 +193,7 @@ def _rest(m: QModel, u: Units) -> dict[str, float]:
             size += (
                 t.numel() * t.element_size() if form is None else code_bytes(t.numel(), form.bits, signed=form.signed)
             )
+            size += 0 if form is None or form.axis is None else 4 * t.shape[form.axis]
             logical += t.numel() * (8 * t.element_size() if form is None else form.bits)
     readers = {r.name for r in u.readers}
     for node in (*layers(m.graph), *(n for n in m.graph.nodes if kind(n) is Kind.MATMUL)):

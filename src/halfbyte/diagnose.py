@@ -5,7 +5,7 @@ repairs tried one by one. A check that cannot run says why and stops nothing.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -69,10 +69,11 @@ def diagnose(
         raise UsageError("there is nothing to diagnose: the model has no grids; call hb.quantize first")
     own: list[Portion] = []
     if m.samples:
-        own += list(_portions(m, [m.samples], len(m.samples[0])))
-    if isinstance(data, str | PathLike):
-        data = labelled_or_not(m, data, preprocess=preprocess or kept, samples=samples, classes=classes)
-    given = list(_portions(m, data, samples)) if data is not None else []
+        own += list(_portions(m, [(m.samples, None)], len(m.samples[0])))
+    given: list[Portion] = []
+    if data is not None:
+        some = labelled_or_not(m, data, preprocess=preprocess or kept, samples=samples, classes=classes)
+        given = list(_portions(m, some, samples))
     portions = given or own
     if not portions:
         raise UsageError("there are no samples to diagnose on: the checkpoint holds none, so give data")
@@ -111,18 +112,11 @@ def _bench(m: QModel, portions: list[Portion]) -> Bench:
         raise DataError(f"the float network cannot run on the data: {first}") from error
 
 
-def _portions(m: QModel, data: Any, samples: int) -> Iterator[Portion]:
+def _portions(m: QModel, data: Iterable[Portion], samples: int) -> Iterator[Portion]:
     """Samples, some at a time, with their class indices if there are; whole batches of a network that fixes its batch."""
-    left, inputs, fixed = whole(m, samples), len(m.inputs), fixed_batch(m)
-    samples, step = left, fixed or PORTION
-    for batch in data:
-        labelled = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], tuple | list)
-        if not labelled and isinstance(batch, tuple | list) and len(batch) == inputs + 1:
-            batch, labelled = (tuple(batch[:-1]), batch[-1]), True  # noqa: PLW2901 - as a data loader gives it
-        x, y = batch if labelled else (batch, None)
-        x = (x,) if isinstance(x, Tensor) else tuple(x)
-        if len(x) != inputs or not all(isinstance(t, Tensor) for t in x):
-            raise DataError(f"the network takes {inputs} inputs, and a batch of the data holds {len(x)}")
+    left, fixed = whole(m, samples), fixed_batch(m)
+    step = fixed or PORTION
+    for x, y in data:
         for i in range(0, min(left, len(x[0])), step):
             end = min(i + step, left, len(x[0]))
             if fixed is not None and end - i < fixed:
@@ -131,8 +125,6 @@ def _portions(m: QModel, data: Any, samples: int) -> Iterator[Portion]:
         left -= len(x[0])
         if left <= 0:
             return
-    if left == samples:
-        raise DataError("there are no samples in the data")
 
 
 def _joined(portions: list[Portion]) -> Inputs:

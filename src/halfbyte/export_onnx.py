@@ -31,6 +31,7 @@ from halfbyte.ops import (
     CONV_TRANSPOSE,
     DEQUANTIZE,
     GLOBAL_AVERAGE_POOL,
+    LOOKUP,
     LOWERED_LINEAR,
     NAMED,
     QUANTIZE,
@@ -237,6 +238,10 @@ def _dequantize(codes: Any, scale: Any, zero: Any, axis: int, group: int, bits: 
     return y
 
 
+def _lookup(codes: Any, scale: Any, ids: Any) -> Any:
+    return op.Mul(op.Cast(op.Gather(codes, ids), to=ir.DataType.FLOAT), op.Gather(scale, ids))
+
+
 def _named(x: Any, name: str) -> Any:
     y = op.Sum(x)  # of one number: an operation that does nothing, and that folding leaves alone
     y.producer().metadata_props[_VALUE] = name
@@ -283,6 +288,7 @@ _TRANSLATIONS: dict[Any, Any] = {
     NAMED: _named,
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
+    LOOKUP: _lookup,
     CLIP_CODES: _clamp,
     CLAMP_CHANNELS: _clamp,
     CONV: _conv,

@@ -65,6 +65,11 @@ def weight_of(node: fx.Node) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
+def table_of(node: fx.Node) -> fx.Node | None:
+    """The parameter node whose rows an embedding looks up; None for anything else."""
+    return node.args[0] if kind(node) is Kind.EMBEDDING and node.args[0].op == "get_attr" else None  # type: ignore[return-value,union-attr]
+
+
 def twin_of(layer: fx.Node) -> fx.Node | None:
     """The layer that has this one's weight and reads what the first part of the input has left; None if the input is whole."""
     weight = weight_of(layer)

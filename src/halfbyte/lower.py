@@ -13,12 +13,13 @@ from halfbyte.affine import Grid, quantize
 from halfbyte.calibrate import bias_step, missing_grids
 from halfbyte.errors import PlacementError
 from halfbyte.formats import Format, container_bits
-from halfbyte.graph import LAYERS, bias_of, drop_dead, layers, weight_of
+from halfbyte.graph import LAYERS, bias_of, drop_dead, layers, table_of, weight_of
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import (
     CLIP_CODES,
     DEQUANTIZE,
     LINEAR,
+    LOOKUP,
     LOWERED_LINEAR,
     QUANTIZE,
     REQUANTIZE,
@@ -214,6 +215,9 @@ def _lower_move(low: _Lowering, node: fx.Node) -> None:
 def _lower_operation(low: _Lowering, node: fx.Node) -> fx.Node:
     if node.target is REQUANTIZE:
         return _real(low, node.args[0])
+    table = table_of(node)
+    if table is not None and table in low.codes:
+        return _lower_embedding(low, node, table)
     weight = weight_of(node) if node.target in LAYERS else None
     if weight is not None and weight in low.codes:
         return _lower_layer(low, node, weight)
@@ -233,6 +237,19 @@ def _lower_layer(low: _Lowering, node: fx.Node, weight: fx.Node) -> fx.Node:
         return low.call(LOWERED_LINEAR, (_real(low, x), _transposed_weight(low, weight), bias), node)
     rest = fx.map_arg(node.args[3:], lambda n: _real(low, n))
     return low.call(node.target, (_real(low, x), _real(low, weight), bias, *rest), node)
+
+
+def _lower_embedding(low: _Lowering, node: fx.Node, table: fx.Node) -> fx.Node:
+    """Rows of codes are looked up before they are multiplied: the table as numbers would be four times as large."""
+    name, grid = value_name(table), low.m.grid(value_name(table))
+    assert grid is not None
+    if grid.group is not None:
+        raise PlacementError(
+            f"table '{name}' has a scale for each group: an embedding has one for each row, or one for all"
+        )
+    rows = table.meta["shape"][0]
+    scale = low.constant(f"{name}:rows.scale", grid.scale.reshape(-1, 1).expand(rows, 1).contiguous())
+    return low.call(LOOKUP, (low.codes[table], scale, _real(low, node.args[1])), node)
 
 
 def _transposed_weight(low: _Lowering, weight: fx.Node) -> fx.Node:

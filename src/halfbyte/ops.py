@@ -108,6 +108,10 @@ _register(
     "dequantize(Tensor codes, Tensor scale, Tensor zero, int axis, int group, int bits, str name) -> Tensor",
     _dequantize,
 )
+_register(
+    "lookup(Tensor codes, Tensor scale, Tensor ids) -> Tensor",  # scale: [rows, 1]
+    lambda codes, scale, ids: F.embedding(ids, codes).float() * F.embedding(ids, scale),
+)
 _register("named(Tensor x, str name) -> Tensor", lambda x, name: x.view_as(x))
 _register("clamp_channels(Tensor x, Tensor lower, Tensor upper) -> Tensor", _clamp)
 _register("clip_codes(Tensor codes, Tensor lo, Tensor hi) -> Tensor", _clamp)
@@ -122,6 +126,7 @@ DEQUANTIZE = torch.ops.halfbyte.dequantize.default
 CLAMP_CHANNELS = torch.ops.halfbyte.clamp_channels.default  # limits [channels, 1, ...], behind equalization
 NAMED = torch.ops.halfbyte.named.default  # the same tensor; an exported file calls it by this name
 CLIP_CODES = torch.ops.halfbyte.clip_codes.default
+LOOKUP = torch.ops.halfbyte.lookup.default  # an embedding whose table is stored as codes
 LINEAR = aten.linear.default
 LOWERED_LINEAR = torch.ops.halfbyte.linear.default  # its weight is stored [inputs, outputs], as the engines multiply it
 
@@ -140,6 +145,7 @@ class Kind(Enum):
     CONCAT = "concat"
     AVERAGE = "average"
     CLAMP = "clamp"  # ReLU, ReLU6 and the like: a limit on the codes
+    EMBEDDING = "embedding"  # looks rows of a table up
     CODES = "codes"  # moves values without computing: identity on the codes
     REQUANTIZE = "requantize"
     SHAPE = "shape"  # arithmetic on sizes, no tensor
@@ -168,6 +174,7 @@ _KINDS: dict[Any, Kind] = {
     aten.clamp_max.default: Kind.CLAMP,
     CLAMP_CHANNELS: Kind.CLAMP,
     REQUANTIZE: Kind.REQUANTIZE,
+    aten.embedding.default: Kind.EMBEDDING,
 }
 _CODES = (
     "max_pool1d max_pool2d max_pool3d reshape view flatten unflatten permute transpose t slice select split "

@@ -9,7 +9,7 @@ from torch import fx
 
 from halfbyte.errors import PlacementError, UsageError
 from halfbyte.formats import Bits, Format, bits
-from halfbyte.graph import activation_inputs, is_depthwise, layers, tensor_inputs, tensors, weight_of
+from halfbyte.graph import activation_inputs, is_depthwise, layers, table_of, tensor_inputs, tensors, weight_of
 from halfbyte.model import LogEntry, QModel, Target, value_name
 from halfbyte.ops import Kind, base_name, kind
 
@@ -121,10 +121,12 @@ def _wanted(graph: fx.Graph, pattern: str, form: Format | Bits) -> Iterator[tupl
         return
     computing = {n for n in tensors(graph) if kind(n) is Kind.MATMUL} | set(layers(graph))
     meant = [n for n in tensors(graph) if matches(pattern, n)]
+    tables = {n: table for n in meant if (table := table_of(n)) is not None}
+    yield from ((value_name(table), form.weights) for table in tables.values())
     for layer in (n for n in meant if n in computing):
         weight = weight_of(layer)
         if weight is not None:
             yield value_name(weight), form.weights
         yield from ((value_name(n), form.activations) for n in activation_inputs(layer) if "value" in n.meta)
-    if not computing & set(meant):
+    if not computing & set(meant) and not tables:
         yield from ((value_name(n), form.weights if n.op == "get_attr" else form.activations) for n in meant)

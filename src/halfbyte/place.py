@@ -24,7 +24,9 @@ from halfbyte.graph import (
     is_output,
     is_real,
     layers,
+    per_sample,
     replace_uses,
+    table_of,
     tensor_inputs,
     tensors,
     weight_of,
@@ -129,6 +131,10 @@ def place(
                 log.append(
                     LogEntry("place", value_name(weight), f"stored in {weight_bits} bits: {marks.reasons[node]}")
                 )
+    stored = Format(max(_SPARED_BITS, weight_bits), signed=True, symmetric=True, narrow=True, axis=0)
+    tables = dict.fromkeys((n for n in _stored_tables(m.graph, target, overrides) if n not in plan), stored)
+    plan |= tables
+    log += [LogEntry("place", name, f"stored in {stored.bits} bits: rows of it are looked up") for name in tables]
     for node in tensors(m.graph):
         if marks.carries(node) and not marks.absorbed(node):
             plan[value_name(node)] = activation_format(target, activation_bits)
@@ -303,6 +309,18 @@ def _stored_only(node: fx.Node, marks: _Marks) -> bool:
     return bool(
         kind(node) is Kind.CONV_TRANSPOSE and node.args[6] == 1 and "no integer kernel" in marks.reasons.get(node, "")
     )
+
+
+def _stored_tables(graph: fx.Graph, target: Target, overrides: Overrides) -> list[str]:
+    """Tables of which only rows are looked up, fewer for a sample than there are: each row can be stored in integers."""
+    found = []
+    for table in graph.nodes:
+        readers = [u for u in table.users if table_of(u) is table and not kept_in_float(u, overrides)]
+        if readers and len(readers) == len(table.users) and Kind.EMBEDDING.value in target.integer:
+            looked_up = sum(per_sample(u.args[1].meta["shape"]) for u in readers)
+            if looked_up < table.meta["shape"][0]:
+                found.append(value_name(table))
+    return found
 
 
 def _insert_requantize(graph: fx.Graph, marks: _Marks) -> None:

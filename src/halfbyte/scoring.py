@@ -1,8 +1,9 @@
 """Decisions sample by sample, of the float network and of the exported file: what limits and comparisons are judged on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,21 +71,24 @@ def open_data(
 
 def labelled_or_not(
     m: QModel,
-    data: str | PathLike[str],
+    data: Source,
     *,
     preprocess: Preprocess | None,
     samples: int,
     classes: str | PathLike[str] | None = None,
-) -> list[Any]:
+) -> list[tuple[Inputs, Tensor | None]]:
     """The first samples with their labels, or, where there are none and nobody names classes, without."""
+    once, again = tee(data) if isinstance(data, Iterator) else (data, data)
+    options: dict[str, Any] = {"preprocess": preprocess, "limit": samples, "batch": samples}
     try:
-        return list(
-            open_data(m, data, None, preprocess=preprocess, limit=samples, batch=samples, classes=classes) or ()
-        )
+        found: Any = list(open_data(m, once, None, classes=classes, **options) or ())
     except DataError:
         if classes is not None:
             raise
-        return list(open_data(m, None, data, preprocess=preprocess, limit=samples, batch=samples) or ())
+        found = [(x, None) for x in open_data(m, None, again, **options) or ()]
+    for i, (x, _) in enumerate(found):
+        check_inputs(x, expected_inputs(m), f"batch {i} of the data")
+    return found  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()

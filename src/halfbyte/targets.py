@@ -24,6 +24,7 @@ _ONNXRUNTIME_KERNELS = frozenset(
         Kind.CONCAT,
         Kind.AVERAGE,
         Kind.CLAMP,
+        Kind.EMBEDDING,
         Kind.CODES,
     )
 )
