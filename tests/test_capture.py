@@ -350,6 +350,43 @@ def test_refusals_name_the_reason(net: nn.Module, message: str) -> None:
     assert len(str(refused.value)) < 500
 
 
+def modes(s: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        x = s.layer(x.float())
+    with torch.enable_grad():
+        return torch.relu(x)
+
+
+def test_parts_with_other_gradients_or_without_autocast_are_operations_like_others() -> None:
+    net, x = Function(modes, layer=nn.Linear(4, 4)), torch.randn(3, 4)
+    m = hb.capture(net, x)
+    assert [base_name(n) for n in m.graph.nodes if n.op == "call_function"] == ["linear", "relu"]
+    torch.testing.assert_close(hb.run(m, (x,))[0], net(x))
+
+
+class Masked(nn.Module):
+    """An attention mask, as many networks register it."""
+
+    def __init__(self, value: float, name: str = "mask") -> None:
+        super().__init__()
+        self.layer, self.name = nn.Linear(4, 4), name
+        self.register_buffer(name, torch.full((4, 4), value).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return (y[:, None] + getattr(self, self.name)).softmax(-1)
+
+
+def test_masks_may_hold_infinity_and_nothing_else_may() -> None:
+    x = torch.randn(3, 4)
+    m = hb.capture(Masked(float("-inf")), x)
+    (y,) = hb.run(m, (x,))
+    assert bool((y[:, 0, 1:] == 0).all())
+    for net in (Masked(float("nan")), Masked(float("-inf"), "running_mean")):
+        with pytest.raises(CaptureError, match=f"parameter '{net.name}' holds NaN or infinite values"):
+            hb.capture(net, x)
+
+
 @pytest.mark.parametrize("gain", [1.0, 3.0])
 def test_roundings_that_a_deep_network_makes_large_are_no_difference(
     gain: float, monkeypatch: pytest.MonkeyPatch

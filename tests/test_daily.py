@@ -241,8 +241,10 @@ def test_outputs_added_without_a_parser(done: Path) -> None:
     data = (done / "out" / "model.onnx").read_bytes()
     names = [f"value{i}" for i in range(40)]
     before, after = onnx.load_from_string(data), onnx.load_from_string(exposed(data, names))
-    assert [o.name for o in after.graph.output[len(before.graph.output) :]] == [f"{n}:codes" for n in names]
-    del after.graph.output[len(before.graph.output) :]
+    copies = after.graph.node[len(before.graph.node) :]
+    assert [(n.op_type, *n.input) for n in copies] == [("Identity", f"{n}:codes") for n in names]
+    assert [o.name for o in after.graph.output[len(before.graph.output) :]] == [o for n in copies for o in n.output]
+    del after.graph.output[len(before.graph.output) :], after.graph.node[len(before.graph.node) :]
     assert after == before
 
 

@@ -1,5 +1,6 @@
 """Networks of one operation in the engine: the integer evaluation is equal, and integer kernels do the work."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from halfbyte.errors import PlacementError
 from halfbyte.graph import output_values
 from halfbyte.lower import lower
 from halfbyte.ops import DEQUANTIZE
+from halfbyte.parity import coded_values
+from halfbyte.prove import exposed
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -459,3 +462,40 @@ def test_width_that_the_engine_lacks_is_refused() -> None:
     model = hb.capture(nn.Linear(4, 4), torch.randn(2, 4))
     with pytest.raises(PlacementError, match="2 to 8 bits, not 16"):
         hb.quantize(model, [torch.randn(4, 4)], activation_bits=16)
+
+
+class ChannelsNormalized(nn.Module):
+    """Floats over channels between layers, pooled and repeated: the engine computes all of it with the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = conv(3, 16, 3, padding=1), conv(16, 4, 3, padding=1)
+        self.a, self.b, self.join = (
+            conv(8, 8, 3, groups=8, padding=1),
+            conv(8, 8, 3, groups=8, padding=1),
+            conv(16, 16, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = x - x.mean(1, keepdim=True)
+        y = y / torch.sqrt(y.square().mean(1, keepdim=True) + 1e-6)
+        whole, half = y.chunk(2, 1)
+        half = F.interpolate(self.b(F.max_pool2d(half, 2)), scale_factor=2.0, mode="nearest")
+        y = F.gelu(self.join(torch.cat([self.a(whole), half], 1))) * y
+        z: Tensor = self.last(y + x)
+        return z
+
+
+def test_looking_at_values_leaves_the_engine_its_layout(tmp_path: Path) -> None:
+    """With the codes themselves as outputs it would pool channels first, and add up in another order what floats are made of."""
+    exported(ChannelsNormalized(), torch.randn(32, 3, 16, 16), path=tmp_path)
+    data = (tmp_path / "net.onnx").read_bytes()
+    plain, looking = (
+        Counter(n.op_type for n in engine.optimized_graph(d).graph.node)
+        for d in (data, exposed(data, coded_values(data)))
+    )
+    assert plain["NhwcMaxPool"] == 1
+    for kinds in (plain, looking):
+        del kinds["Transpose"], kinds["Identity"]
+    assert plain == looking

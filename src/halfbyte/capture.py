@@ -119,7 +119,9 @@ def check_module(net: nn.Module) -> None:
             raise CaptureError(
                 f"parameter '{name}' is on the device 'meta' and holds no numbers: load the weights first"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        mask = not isinstance(tensor, nn.Parameter) and "running_" not in name  # a buffer: attention masks hold -inf
+        sound = torch.isnan(tensor).logical_not() if mask else torch.isfinite(tensor)
+        if tensor.is_floating_point() and not bool(sound.all()):
             raise CaptureError(
                 f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged"
             )
@@ -206,9 +208,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Turn in-place operations into ones that return new tensors; nothing else is decomposed."""
-    targets = (n.target for n in program.graph.nodes if n.op == "call_function")
-    if any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
+    """Turn in-place operations into ones that return new tensors, and what runs without gradients or autocast into its operations.
+
+    Nothing else is decomposed.
+    """
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    wrapped = any(str(t).startswith("wrap_with_") for t in targets)
+    if wrapped or any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return cast(ExportedProgram, program.run_decompositions({}))

@@ -15,6 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
+from halfbyte.prove import SEEN, exposed
 from halfbyte.run import filled, fixed_batch
 from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
@@ -130,8 +131,8 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     Each region is evaluated on the engine's own inputs, so that the rounding of one float operation cannot spread.
     """
     data = path.read_bytes()
-    exposed, names = _expose(data)
-    plain, instrumented = engine.session(data), engine.session(exposed)
+    names = coded_values(data)
+    plain, instrumented = engine.session(data), engine.session(exposed(data, names))
     kernels, floats = engine.kernels(engine.optimized_graph(data))
     count, written = _Count(), integer_written(low)
     batches = at_once(low, plain, samples, _BATCH)
@@ -141,7 +142,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         values = dict(zip([o.name for o in instrumented.get_outputs()], engine.infer(instrumented, batch), strict=True))
         for name, a in zip(low.outputs, outputs, strict=True):
             _same_bits(count, name, a, values[name])
-        codes = {v: torch.from_numpy(values[codes_name(v)].astype(np.float32)) for v in names}
+        codes = {v: torch.from_numpy(values[codes_name(v) + SEEN.decode()].astype(np.float32)) for v in names}
         forced = run_integer(low, batch, _comparing(count, codes, written))
         _compare_outputs(count, low, forced, outputs)
         simulated = run_simulated(low, batch)
@@ -183,28 +184,12 @@ def at_once(low: QModel, file: Any, samples: Inputs, most: int) -> list[Inputs]:
     return [tuple(t[i : i + step] for t in samples) for i in range(0, len(samples[0]), step)]
 
 
-def _expose(data: bytes) -> tuple[bytes, list[str]]:
-    """The same file with the codes of every quantized value as further outputs, and the values' names."""
-    model = onnx.load_from_string(data)
-    suffix = codes_name("")
-    found = {
-        o: n
-        for n in model.graph.node
-        if n.op_type in ("QuantizeLinear", "Clip", "Min")
-        for o in n.output
-        if o.endswith(suffix)
-    }
-    present = {o.name for o in model.graph.output}
-    for name, node in found.items():
-        if name not in present:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-            del node
-    return model.SerializeToString(), [n.removesuffix(suffix) for n in found]
-
-
-def exposed_values(data: bytes) -> list[str]:
+def coded_values(data: bytes) -> list[str]:
     """Names of the values whose codes a file holds, in the order of its nodes."""
-    return _expose(data)[1]
+    nodes = onnx.load_from_string(data).graph.node
+    written = [o for n in nodes if n.op_type in ("QuantizeLinear", "Clip", "Min") for o in n.output]
+    suffix = codes_name("")
+    return [o.removesuffix(suffix) for o in written if o.endswith(suffix)]
 
 
 def _same_bits(count: _Count, name: str, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:

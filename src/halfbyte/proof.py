@@ -18,7 +18,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import run_integer
 from halfbyte.model import QModel, value_name
 from halfbyte.ops import CLIP_CODES, QUANTIZE
-from halfbyte.parity import exposed_values, from_integers, integer_written
+from halfbyte.parity import coded_values, from_integers, integer_written
 from halfbyte.ports import Ports
 from halfbyte.prove import VERSION, Array, Engine, digest
 from halfbyte.run import filled, fixed_batch
@@ -43,7 +43,7 @@ def write_proof(m: QModel, file: Path, path: Path, ports: Ports | None = None) -
     samples = filled(samples, rows)  # there may be fewer than the file takes at once
     each = sum(t[:rows].numel() * t.element_size() for t in samples)
     count = max(1, min(SAMPLES, len(samples[0]) // rows, _INPUT_BYTES // max(each, 1)))
-    records = _records(low, exposed_values(data))
+    records = _records(low, coded_values(data))
     runner = Engine(data, [r["name"] for r in records if not r["output"]])
     most = max(_FEWEST, _VALUE_BYTES // (4 * count * max(1, len(records))))
     arrays: dict[str, Array] = {f"input{i}": t[: count * rows].cpu().numpy() for i, t in enumerate(samples)}

@@ -25,6 +25,7 @@ from halfbyte.shown import Shown
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
 FLOAT_TOLERANCE = 1e-4  # of outputs that float operations compute, relative to the largest
 _SUFFIX = ":codes"
+SEEN = b":seen"  # what a copy of them is called
 Array = np.ndarray[Any, Any]
 
 
@@ -106,13 +107,20 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def exposed(model: bytes, values: list[str]) -> bytes:
-    """An ONNX file with the codes of these values as further outputs.
+    """An ONNX file with copies of the codes of these values as further outputs.
 
-    Serialized messages of protocol buffers merge when they are put one behind the other: repeated fields are appended. So
-    graph (field 7 of the model) outputs (field 12) with a name (field 1) each can be added without a parser.
+    Copies, because the engine arranges the dimensions of an output as the file says, and would order sums behind it differently.
+    Serialized messages of protocol buffers merge when they are put one behind the other: repeated fields are appended. So nodes
+    (field 1 of the graph, which is field 7 of the model) with an input, an output and a type (fields 1, 2 and 4), and outputs
+    (field 12) with a name (field 1) can be added without a parser.
     """
-    ports = b"".join(field(12, field(1, (v + _SUFFIX).encode())) for v in values)
-    return model + field(7, ports)
+
+    def copy(name: bytes) -> bytes:
+        return field(1, field(1, name) + field(2, name + SEEN) + field(4, b"Identity")) + field(
+            12, field(1, name + SEEN)
+        )
+
+    return model + field(7, b"".join(copy((v + _SUFFIX).encode()) for v in values))
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -150,7 +158,8 @@ class Engine:
         for o, a in zip(self.plain.get_outputs(), outputs, strict=True):
             if not np.array_equal(found[o.name], a):
                 raise ParityError(f"output '{o.name}' changes where intermediate values are looked at", value=o.name)
-        return outputs, {n.removesuffix(_SUFFIX): a for n, a in found.items() if n.endswith(_SUFFIX)}
+        suffix = _SUFFIX + SEEN.decode()
+        return outputs, {n.removesuffix(suffix): a for n, a in found.items() if n.endswith(suffix)}
 
 
 def _compared(data: bytes, described: dict[str, Any], arrays: dict[str, Array], engine: str, made_on: str) -> Proof:
