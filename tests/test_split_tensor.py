@@ -223,15 +223,28 @@ def test_the_worst_kernels_come_first(base: hb.QModel) -> None:
     assert float(relative[chosen].min()) >= float(relative[~chosen].median())
 
 
+class Shared(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(torch.relu(self.b(torch.relu(self.b(torch.relu(self.a(x)))))))
+        return y
+
+
+def test_layers_of_one_weight_have_a_twin_each() -> None:
+    m = hb.split_tensor(calibrated(net=Shared()), [(data(),)], share=0.0, activations=1.0)
+    twins = {n: t for n in layers(m.graph) if (t := twin_of(n)) is not None}
+    assert [(value_name(n), value_name(t)) for n, t in twins.items()] == [
+        (f"{name}:main", f"{name}{RESIDUAL}") for name in ("b", "b@1")
+    ]
+    hb.reconstruct(m, [(data(),)], hb.Descent())
+
+
 def test_shared_and_transposed_weights_say_why() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(torch.relu(self.b(torch.relu(self.b(torch.relu(self.a(x)))))))
-
     m = calibrated(net=Shared())
     split = hb.split_tensor(m, [(data(),)], share=1.0)
     assert any("its parameters are shared" in str(e) for e in split.log)

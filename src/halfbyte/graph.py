@@ -76,7 +76,14 @@ def twin_of(layer: fx.Node) -> fx.Node | None:
     if weight is None or value_name(layer).endswith(RESIDUAL):
         return None
     others = [n for n in weight.users if n is not layer and value_name(n).endswith(RESIDUAL)]
-    return others[0] if len(others) == 1 else None
+    # Of a weight that several layers share, each has its own twin, whose output is added to the layer's.
+    sums = list(layer.users)
+    while others and sums:
+        found = [n for n in others if any(n in s.all_input_nodes for s in sums)]
+        if found:
+            return found[0]
+        sums = [u for s in sums if kind(s) is Kind.ADD for u in s.users]
+    return None
 
 
 def weight_name(layer: fx.Node) -> str:
