@@ -169,6 +169,42 @@ def test_joined_tokens_are_read_by_linear_layers(tmp_path: Path, dim: int, learn
     onnx.checker.check_model(onnx.load(str(tmp_path / "net.onnx")), full_check=True)
 
 
+class Patches(nn.Module):
+    """A vision transformer's ends: patches behind a class token, and an average over tokens; sums that stay floats between."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.patches, self.token = way, nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(1, 1, 16))
+        self.norm, self.up, self.down, self.head = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 16),
+            nn.Conv2d(16, 16, 1),
+            nn.Linear(16, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x)
+        if self.way == "sums":
+            y = F.gelu(y) + self.down(y)  # floats
+            y = y + self.down(torch.relu(y))
+        y = y.flatten(2).transpose(1, 2)
+        if self.way == "token":
+            return self.head(self.up(self.norm(torch.cat([self.token.expand(x.shape[0], -1, -1), y], 1)))[:, 0])
+        return self.head(F.adaptive_avg_pool1d(self.norm(y).transpose(1, 2), 1).flatten(1))
+
+
+@needs_openvino
+@pytest.mark.parametrize("way", ["token", "average", "sums"])
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_a_vision_transformer_with_several_samples(tmp_path: Path, way: str, batch: int | None) -> None:
+    torch.manual_seed(0)
+    x = F.interpolate(torch.randn(32, 3, 8, 8), scale_factor=2, mode="bilinear")
+    m = quantized(Patches(way), x)
+    p = hb.export_onnx(m, tmp_path / "net.onnx", samples=(x[:8],), static_batch=batch)
+    assert p.proven and p.integer_max_steps <= 1 and p.integer_values >= 2
+    onnx.checker.check_model(onnx.load(str(tmp_path / "net.onnx")), full_check=True)
+
+
 @needs_openvino
 def test_what_is_not_proven_with_a_free_batch_size_says_what_to_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

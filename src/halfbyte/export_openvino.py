@@ -1,5 +1,7 @@
 """What a file must look like for OpenVINO to compute what it says: the same numbers, in another order of operations."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,6 +12,8 @@ _MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeez
 def arrange(model: ir.Model) -> None:
     """Change the file of a lowered model so that OpenVINO keeps to its arithmetic, and finds the integers in it."""
     _strides_to_pools(model)
+    _repeat_by_index(model)
+    _pool_tokens(model)
     _pad_codes(model)
     _join_codes(model)
     _dequantize_first(model)
@@ -34,6 +38,72 @@ def _strides_to_pools(model: ir.Model) -> None:
             node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
 
 
+def _repeat_by_index(model: ir.Model) -> None:
+    """A constant that is repeated for each sample, such as a class token, is looked up for each, at an index of 0.
+
+    The index is the product of a number of each sample and 0: where the number of samples comes from a shape instead, OpenVINO
+    forgets the biases of convolutions that are joined with it.
+    """
+    for node in [n for n in model.graph if n.op_type == "Expand"]:
+        constant, repeated = node.inputs[0], node.outputs[0]
+        if constant is None or not constant.is_initializer() or not _for_each_sample(constant.shape, repeated.shape):
+            continue
+        first, name = model.graph.inputs[0], str(repeated.name)
+        rank = 1 if first.shape is None else len(first.shape)
+        number: ir.Value = first
+        made: list[ir.Node] = []
+        if rank > 1:
+            ends = [_numbers(model, f"{name}:{what}", [v] * (rank - 1)) for v, what in ((0, "starts"), (1, "ends"))]
+            axes = _numbers(model, f"{name}:axes", list(range(1, rank)))
+            number = _made(made, "Slice", [number, *ends, axes], f"{name}:slice")
+            number = _made(made, "Reshape", [number, _numbers(model, f"{name}:flat", [-1])], f"{name}:number")
+        number = _made(made, "Cast", [number], f"{name}:integer", to=ir.DataType.INT64)
+        index = _made(made, "Mul", [number, _numbers(model, f"{name}:zero", [0])], f"{name}:index")
+        rows = _made(made, "Gather", [constant, index], f"{name}:rows", axis=0)
+        rows.shape, rows.dtype = repeated.shape, repeated.dtype
+        for new in made:
+            model.graph.insert_before(node, new)
+        for user, at in list(repeated.uses()):
+            user.replace_input_with(at, rows)
+        model.graph.remove(node, safe=True)
+
+
+def _for_each_sample(before: ir.Shape | None, after: ir.Shape | None) -> bool:
+    """One row becomes as many as there are samples, and nothing else changes."""
+    if before is None or after is None or len(before) != len(after) or not len(before):
+        return False
+    return before[0] == 1 and not isinstance(after[0], int) and list(before)[1:] == list(after)[1:]
+
+
+def _numbers(model: ir.Model, name: str, values: list[int]) -> ir.Value:
+    """A constant of integers, such as sizes, in the file."""
+    held = ir.Value(name=name, const_value=ir.Tensor(np.array(values, dtype=np.int64)), shape=ir.Shape((len(values),)))
+    held.dtype = ir.DataType.INT64
+    model.graph.initializers.add(held)
+    return held
+
+
+def _made(made: list[ir.Node], op: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
+    """What a new operation gives; both have its name."""
+    made.append(ir.node(op, inputs, attributes, name=name))
+    made[-1].outputs[0].name = name
+    return made[-1].outputs[0]
+
+
+def _pool_tokens(model: ir.Model) -> None:
+    """The mean over all positions of sequences becomes a pool of windows as long as they are.
+
+    Behind a transposition OpenVINO computes something else where there are several samples.
+    """
+    for node in [n for n in model.graph if n.op_type == "GlobalAveragePool"]:
+        shape = node.inputs[0].shape if node.inputs[0] is not None else None
+        if shape is None or len(shape) != 3 or not isinstance(shape[2], int):
+            continue
+        node.op_type = "AveragePool"
+        node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [shape[2]])
+        node.attributes["pads"] = ir.AttrInt64s("pads", [0, 0])
+
+
 def _pad_codes(model: ir.Model) -> None:
     """The zeros around an average pool of codes are written around the codes, as the code of zero.
 
@@ -46,10 +116,7 @@ def _pad_codes(model: ir.Model) -> None:
         if read is None or read.op_type != "DequantizeLinear" or not counted:
             continue
         half = len(pads) // 2
-        widths = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], dtype=np.int64)
-        size = ir.Value(name=f"{node.name}:pads", const_value=ir.Tensor(widths), shape=ir.Shape(widths.shape))
-        size.dtype = ir.DataType.INT64
-        model.graph.initializers.add(size)
+        size = _numbers(model, f"{node.name}:pads", [0, 0, *pads[:half], 0, 0, *pads[half:]])
         padded = ir.node("Pad", [read.inputs[0], size, read.inputs[2]], name=f"{node.name}:padded")
         real = ir.node("DequantizeLinear", [padded.outputs[0], *read.inputs[1:]], dict(read.attributes))
         real.name = f"{node.name}:padded.real"

@@ -357,6 +357,7 @@ def _linear_openvino(x: Codes, w: Codes, b: Any) -> Tensor:
 
 def _add_openvino(a: Any, b: Any) -> Any:
     """A layer's real numbers plus codes: in units of the codes' scale, whose ratio to the output's then multiplies the sum."""
+    a, b = (v.real if isinstance(v, Pending) else v for v in (a, b))  # a sum that was not written as codes
     if not isinstance(a, Codes) and not isinstance(b, Codes):
         return a + b
     y, x = (a, b) if isinstance(b, Codes) else (b, a)
