@@ -157,15 +157,30 @@ CANONICAL: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...], Any]] = {
         None,
     ),
     "ceiling average": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True), IMAGE, None),
-    "attention": (lambda x: F.scaled_dot_product_attention(x, x + 1, x * 2), (2, 2, 5, 4), None),
-    "scaled attention": (lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3), (2, 2, 5, 4), None),
-    "masked attention": (
-        lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :, :1] * torch.ones(5)),
-        (2, 2, 5, 4),
-        None,
-    ),
-    "causal attention": (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), (2, 2, 5, 4), None),
 }
+
+
+ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: F.scaled_dot_product_attention(x, x + 1, x * 2),
+    "scaled": lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),
+    "masked": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :, :1] * torch.ones(5)),
+    "causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "causal, of other lengths": lambda x: F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3], is_causal=True),
+    "chosen": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :1, :1, :1] + x[:, :1, :, 1:2].mT > 0),
+    "nothing chosen": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[:, :, :, :1] > torch.ones(5) * 0.5),
+    "of shared heads": lambda x: F.scaled_dot_product_attention(x, x[:, ::2], x[:, 1::2], enable_gqa=True),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_becomes_two_products(name: str) -> None:
+    torch.manual_seed(4)
+    net = Function(lambda x, layer: ATTENTION[name](layer(x)), nn.Linear(4, 4))
+    m = hb.capture(net, torch.randn(3, 4, 5, 4))
+    assert operations(m).count("matmul") == 2 and "scaled_dot_product_attention" not in operations(m)
+    close(net, m, x := torch.randn(3, 4, 5, 4))
+    if name == "nothing chosen":
+        assert bool((net(x).abs().amax(-1) == 0).any())
 
 
 @pytest.mark.parametrize("name", CANONICAL)

@@ -306,7 +306,30 @@ def _fold_sizes(model: ir.Model) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type in kept else None)
+        _infer_free_size(model)
         optimizer.remove_unused_nodes(model)
+
+
+def _infer_free_size(model: ir.Model) -> None:
+    """Where one size alone is free, a reshape infers it, and nothing has to compute it from that of the batch.
+
+    Engines compute less, and OpenVINO forgets the biases of convolutions in some networks whose values depend on shapes.
+    """
+    for node in [n for n in model.graph if n.op_type == "Reshape"]:
+        sizes = node.inputs[1]
+        shape = list(node.outputs[0].shape or ())
+        if (
+            sizes is None
+            or sizes.const_value is not None
+            or sum(not isinstance(d, int) for d in shape) != 1
+            or 0 in shape
+        ):
+            continue
+        known = ir.Tensor(np.array([d if isinstance(d, int) else -1 for d in shape], dtype=np.int64))
+        constant = ir.node("Constant", [], {"value": known}, name=f"{node.outputs[0].name}:sizes")
+        constant.outputs[0].name = constant.name
+        model.graph.insert_before(node, constant)
+        node.replace_input_with(1, constant.outputs[0])
 
 
 def _drop_idle_limits(model: ir.Model) -> None:

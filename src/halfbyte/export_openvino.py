@@ -1,10 +1,12 @@
 """What a file must look like for OpenVINO to compute what it says: the same numbers, in another order of operations."""
 
+import math
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+_MOST_REPEATED = 1 << 22  # numbers for a sample
 # They hand on the numbers that they read, whether these are codes or what the codes stand for.
 _MOVES = {"Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -59,7 +61,7 @@ def _repeat_by_index(model: ir.Model) -> None:
             number = _made(made, "Reshape", [number, _numbers(model, f"{name}:flat", [-1])], f"{name}:number")
         number = _made(made, "Cast", [number], f"{name}:integer", to=ir.DataType.INT64)
         index = _made(made, "Mul", [number, _numbers(model, f"{name}:zero", [0])], f"{name}:index")
-        rows = _made(made, "Gather", [constant, index], f"{name}:rows", axis=0)
+        rows = _made(made, "Gather", [_widened(model, constant, repeated), index], f"{name}:rows", axis=0)
         rows.shape, rows.dtype = repeated.shape, repeated.dtype
         for new in made:
             model.graph.insert_before(node, new)
@@ -68,11 +70,24 @@ def _repeat_by_index(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
+def _widened(model: ir.Model, constant: ir.Value, repeated: ir.Value) -> ir.Value:
+    """One row of what is repeated, where a mask of a single number, say, becomes one for all positions."""
+    sizes = [d for d in list(repeated.shape or ())[1:] if isinstance(d, int)]
+    if constant.const_value is None or list(constant.shape or ())[1:] == sizes:
+        return constant
+    row = ir.Tensor(np.ascontiguousarray(np.broadcast_to(constant.const_value.numpy(), (1, *sizes))))
+    wide = ir.Value(name=f"{repeated.name}:row", const_value=row, type=constant.type, shape=ir.Shape((1, *sizes)))
+    model.graph.initializers.add(wide)
+    return wide
+
+
 def _for_each_sample(before: ir.Shape | None, after: ir.Shape | None) -> bool:
-    """One row becomes as many as there are samples, and nothing else changes."""
+    """One row becomes as many as there are samples; what each is of is known."""
     if before is None or after is None or len(before) != len(after) or not len(before):
         return False
-    return before[0] == 1 and not isinstance(after[0], int) and list(before)[1:] == list(after)[1:]
+    sizes = [d for d in list(after)[1:] if isinstance(d, int)]
+    known = len(sizes) == len(after) - 1 and math.prod(sizes) <= _MOST_REPEATED
+    return before[0] == 1 and not isinstance(after[0], int) and known
 
 
 def _numbers(model: ir.Model, name: str, values: list[int]) -> ir.Value:

@@ -241,21 +241,29 @@ def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any
     return True
 
 
+_NEVER = -1e30  # of its exponential nothing is left, in float32
+
+
 def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """Fused attention -> product, softmax, product: the two products can then run in integers."""
     if base_name(node) != "scaled_dot_product_attention":
         return False
-    mask, dropout, causal = (
-        argument(node, i, n, d) for i, n, d in ((3, "attn_mask", None), (4, "dropout_p", 0.0), (5, "is_causal", False))
-    )
     query, key, value = node.args[:3]
-    real_mask = mask is None or (isinstance(mask, fx.Node) and is_real(mask))
-    if dropout or causal or not real_mask or argument(node, 7, "enable_gqa", False):
-        log.append(LogEntry("canonicalize", node.meta["value"], "masked or causal attention stays one float operation"))
-        return False
+    mask, dropout, causal, scale, grouped = (
+        argument(node, i, name, default)
+        for i, name, default in (
+            (3, "attn_mask", None),
+            (4, "dropout_p", 0.0),
+            (5, "is_causal", False),
+            (6, "scale", None),
+            (7, "enable_gqa", False),
+        )
+    )
     q_shape, k_shape = query.meta["shape"], key.meta["shape"]  # type: ignore[union-attr]
-    scale = argument(node, 6, "scale", None) or q_shape[-1] ** -0.5
-    weights_shape = (*q_shape[:-1], k_shape[-2])
+    sized = all(isinstance(d, int) for d in (*q_shape[1:], *k_shape[1:])) and (len(q_shape) == 4 or not grouped)
+    if dropout or ((causal or grouped) and not sized) or not isinstance(mask, fx.Node | None):
+        log.append(LogEntry("canonicalize", node.meta["value"], "attention of this kind stays one float operation"))
+        return False
     base: dict[str, Any] = node.meta
 
     def insert(suffix: str, target: Any, args: tuple[Any, ...], shape: tuple[Any, ...]) -> fx.Node:
@@ -264,12 +272,37 @@ def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log:
         new.meta = {**base, "value": f"{base['value']}.{suffix}", "shape": shape}
         return new
 
+    def for_each_head(x: Any, name: str) -> fx.Node:
+        batch, heads, length, size = x.meta["shape"]
+        copies = q_shape[1] // heads
+        x = insert(f"{name}.apart", aten.unsqueeze.default, (x, 2), (batch, heads, 1, length, size))
+        x = insert(
+            f"{name}.copies", aten.expand.default, (x, [-1, -1, copies, -1, -1]), (batch, heads, copies, length, size)
+        )
+        return insert(
+            f"{name}.heads", aten.reshape.default, (x, [-1, q_shape[1], length, size]), (*q_shape[:2], length, size)
+        )
+
+    if grouped:
+        key, value = for_each_head(key, "keys"), for_each_head(value, "values")
+        k_shape = key.meta["shape"]
+    if causal:
+        name = f"{base['value']}.causal"
+        params[name] = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
+        mask = parameter(graph, name, node, params[name].shape)
+        mask.meta["dtype"] = "bool"
+    scores_shape = (*q_shape[:-1], k_shape[-2])
     key_t = insert("key", aten.transpose.int, (key, -2, -1), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
-    scores = insert("scores", aten.matmul.default, (query, key_t), weights_shape)
-    scores = insert("scaled", aten.mul.Tensor, (scores, float(scale)), weights_shape)
-    if mask is not None:
-        scores = insert("masked", aten.add.Tensor, (scores, mask), weights_shape)
-    weights = insert("softmax", aten.softmax.int, (scores, -1), weights_shape)
+    scores = insert("scores", aten.matmul.default, (query, key_t), scores_shape)
+    scores = insert("scaled", aten.mul.Tensor, (scores, float(scale or q_shape[-1] ** -0.5)), scores_shape)
+    chosen = mask is not None and not is_real(mask)
+    if chosen:
+        scores = insert("masked", aten.where.ScalarOther, (mask, scores, _NEVER), scores_shape)
+    elif mask is not None:
+        scores = insert("masked", aten.add.Tensor, (scores, mask), scores_shape)
+    weights = insert("softmax", aten.softmax.int, (scores, -1), scores_shape)
+    if chosen and not causal:  # of a row that is masked all over nothing is taken, as torch has it
+        weights = insert("taken", aten.where.ScalarOther, (mask, weights, 0.0), scores_shape)
     _rewrite(graph, node, aten.matmul.default, (weights, value))
     return True
 
