@@ -1,10 +1,13 @@
 """Running a graph: what memory looks like changes no number."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import halfbyte as hb
+from halfbyte.errors import UsageError
 from halfbyte.run import _FEWEST, _WIDEST, evaluate_plainly, laid_out, portions, run
 
 
@@ -79,3 +82,24 @@ def test_limits_of_channels_have_the_gradient_of_clamp() -> None:
     (wanted,) = torch.autograd.grad(torch.clamp(x, lower, upper), x, g)
     assert torch.equal(slope, wanted)
     assert 0 < int((slope == 0).sum()) < slope.numel()
+
+
+def test_a_tensor_in_place_of_batches_is_one_sentence() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    m = hb.quantize(hb.capture(net, x), [(x,)], bits="W4A8")
+    steps: list[Callable[[], object]] = [
+        lambda: hb.calibrate(m, x),  # type: ignore[arg-type]
+        lambda: hb.reconstruct(m, x, hb.Descent()),  # type: ignore[arg-type]
+        lambda: hb.refine(m, x),  # type: ignore[arg-type]
+        lambda: hb.correct_bias(m, x),  # type: ignore[arg-type]
+        lambda: hb.refine_ranges(m, x),  # type: ignore[arg-type]
+        lambda: hb.run(m, x),  # type: ignore[arg-type]
+    ]
+    for step in steps:
+        with pytest.raises(
+            UsageError, match=r"the network takes \[batch, 3, 8, 8\]: give a list of batches, \[\(x,\)\]"
+        ):
+            step()
+    assert torch.equal(hb.predict(m, x)[0], hb.predict(m, (x,))[0])

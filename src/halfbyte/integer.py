@@ -27,7 +27,7 @@ from halfbyte.ops import (
     aten,
     kind,
 )
-from halfbyte.run import evaluate_plainly, in_batches, keep, run
+from halfbyte.run import check_given, evaluate_plainly, in_batches, keep, run
 from halfbyte.sums import conv_sums, matmul_sums
 
 
@@ -84,11 +84,14 @@ def run_integer(low: QModel, x: Inputs, tap: Tap = keep, *, read: Tap = keep) ->
         return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, arithmetic, read)))
 
 
-def predict(m: QModel, x: Inputs) -> Outputs:
+def predict(m: QModel, x: Inputs | Tensor) -> Outputs:
     """What a calibrated model's exported file computes, to the last bit for integer kernels; a float model as it is.
 
+    x: a tensor for each input, or that of a single input.
     Every call lowers the model: to run many batches, call :func:`lower` once and :func:`run_integer` for each.
     """
+    x = (x,) if isinstance(x, Tensor) else x
+    check_given(m, x)
     if not m.grids:
         with torch.inference_mode():
             return in_batches(m, x, lambda some: run(m, some))

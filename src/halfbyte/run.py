@@ -179,6 +179,20 @@ def steps(
             del env[dead]
 
 
+def check_given(m: QModel, x: Inputs) -> None:
+    """Raises :class:`UsageError` for what is no batch: another number of inputs, or of dimensions."""
+    if len(x) < len(m.inputs):
+        raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given")
+    for node, given in zip(m.inputs, x, strict=False):
+        sizes = node.meta["shape"]
+        if isinstance(given, Tensor) and given.ndim != len(sizes):
+            takes = ", ".join(map(str, sizes))
+            raise UsageError(
+                f"input '{node.target}' has shape {list(given.shape)}, and the network takes [{takes}]: give a list of batches, "
+                "[(x,)] for a single one"
+            )
+
+
 def run(
     m: QModel,
     x: Inputs,
@@ -194,8 +208,7 @@ def run(
     parameters included. params: replacements by name. stop: end behind this value and return it alone. evaluate: how one
     operation is computed. Each value is freed after its last use, so the peak memory is that of the widest point.
     """
-    if len(x) < len(m.inputs):
-        raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given")
+    check_given(m, x)
     inputs = iter(x)
     values = {**m.parameters, **(params or {})}
     device = next((t.device for t in values.values()), None)
