@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice, takewhile
@@ -115,16 +115,22 @@ def calibration(
     elif _holds_arrays(found):
         table, _ = _arrays(found, _name(source), names)
     else:
-        name, told, known = _name(source), f"the first {samples} samples of {_name(source)}", None
-        if isinstance(found, Dataset) and hasattr(found, "__len__"):
-            rows = _chosen(len(found), samples, seed)
-            told, known = f"{len(rows)} of {len(found)} samples of {name}", len(rows)
-            found = Subset(found, rows.tolist())
+        name = _name(source)
+        told = f"the first {samples} samples of {name}"
+        found, told, known = _subset(found, lambda total: _chosen(total, samples, seed), name, told)
         passes = stream(found, name, samples, lambda item, where: check(inputs_of(item, names, where), where))
         return Samples(told, known, passes)
     rows = _chosen(table.total, samples, seed)
     count = len(rows)
     return Samples(f"{count} of {table.total} samples of {table.name}", count, table.passes(rows, batch, check))
+
+
+def _subset(source: object, choose: Callable[[int], Rows], name: str, told: str) -> tuple[object, str, int | None]:
+    """Of a dataset of torch the chosen samples, what they are called, and how many they are; anything else as it is."""
+    if not (isinstance(source, Dataset) and isinstance(source, Sized)):
+        return source, told, None
+    rows = choose(len(source))
+    return Subset(source, rows.tolist()), f"{len(rows)} of {len(source)} samples of {name}", len(rows)
 
 
 def _chosen(total: int, samples: int, seed: int) -> Rows:
@@ -223,11 +229,8 @@ def labelled(
                 raise DataError(f"{where} is not (inputs, target), with inputs {', '.join(names)}; yield both")
             return check((*inputs_of(item, names, where), as_tensor(beside, f"the target of {where}")), where)
 
-        name, told, known = _name(source), _name(source), None
-        if isinstance(found, Dataset) and hasattr(found, "__len__"):
-            rows = _spread(len(found), limit)
-            told, known = f"{len(rows)} of {len(found)} samples of {name}", len(rows)
-            found = Subset(found, rows.tolist())
+        name = _name(source)
+        found, told, known = _subset(found, lambda total: _spread(total, limit), name, name)
         return Labelled(told, known, stream(found, name, limit, convert))
     rows = _spread(table.total, limit)
     count = len(rows)

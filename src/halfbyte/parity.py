@@ -15,7 +15,7 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
-from halfbyte.prove import SEEN, exposed
+from halfbyte.prove import exposed, seen_name
 from halfbyte.run import filled, fixed_batch
 from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
@@ -142,7 +142,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
         values = dict(zip([o.name for o in instrumented.get_outputs()], engine.infer(instrumented, batch), strict=True))
         for name, a in zip(low.outputs, outputs, strict=True):
             _same_bits(count, name, a, values[name])
-        codes = {v: torch.from_numpy(values[codes_name(v) + SEEN.decode()].astype(np.float32)) for v in names}
+        codes = {v: torch.from_numpy(values[seen_name(v)].astype(np.float32)) for v in names}
         forced = run_integer(low, batch, _comparing(count, codes, written))
         _compare_outputs(count, low, forced, outputs)
         simulated = run_simulated(low, batch)

@@ -25,7 +25,7 @@ from halfbyte.shown import Shown
 MODEL, PROOF, VERSION = "model.onnx", "proof.npz", 1
 FLOAT_TOLERANCE = 1e-4  # of outputs that float operations compute, relative to the largest
 _SUFFIX = ":codes"
-SEEN = b":seen"  # what a copy of them is called
+_SEEN = ":codes:seen"  # what a copy of them is called
 Array = np.ndarray[Any, Any]
 
 
@@ -115,12 +115,16 @@ def exposed(model: bytes, values: list[str]) -> bytes:
     (field 12) with a name (field 1) can be added without a parser.
     """
 
-    def copy(name: bytes) -> bytes:
-        return field(1, field(1, name) + field(2, name + SEEN) + field(4, b"Identity")) + field(
-            12, field(1, name + SEEN)
-        )
+    def copy(value: str) -> bytes:
+        codes, seen = f"{value}{_SUFFIX}".encode(), seen_name(value).encode()
+        return field(1, field(1, codes) + field(2, seen) + field(4, b"Identity")) + field(12, field(1, seen))
 
-    return model + field(7, b"".join(copy((v + _SUFFIX).encode()) for v in values))
+    return model + field(7, b"".join(map(copy, values)))
+
+
+def seen_name(value: str) -> str:
+    """What the copy of a value's codes is called among the outputs."""
+    return value + _SEEN
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -158,8 +162,7 @@ class Engine:
         for o, a in zip(self.plain.get_outputs(), outputs, strict=True):
             if not np.array_equal(found[o.name], a):
                 raise ParityError(f"output '{o.name}' changes where intermediate values are looked at", value=o.name)
-        suffix = _SUFFIX + SEEN.decode()
-        return outputs, {n.removesuffix(suffix): a for n, a in found.items() if n.endswith(suffix)}
+        return outputs, {n.removesuffix(_SEEN): a for n, a in found.items() if n.endswith(_SEEN)}
 
 
 def _compared(data: bytes, described: dict[str, Any], arrays: dict[str, Array], engine: str, made_on: str) -> Proof:

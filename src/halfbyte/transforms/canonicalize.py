@@ -287,7 +287,7 @@ def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log:
         key, value = for_each_head(key, "keys"), for_each_head(value, "values")
         k_shape = key.meta["shape"]
     if causal:
-        name = f"{base['value']}.causal"
+        name = f"causal:{q_shape[-2]}x{k_shape[-2]}"  # the same for all layers
         params[name] = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
         mask = parameter(graph, name, node, params[name].shape)
         mask.meta["dtype"] = "bool"
