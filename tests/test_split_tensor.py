@@ -488,5 +488,20 @@ def test_the_recipe_splits_and_keeps_what_helps(tmp_path: Path) -> None:
     assert "there are no data" in entry.message
 
 
+def test_the_tuning_of_a_recipe_takes_the_time_and_the_steps_that_it_is_given() -> None:
+    m = hb.capture(Net().eval(), data(2))
+    options: dict[str, Any] = {"recipe": "omse", "bits": "W4A4"}
+
+    def steps(**more: Any) -> int:
+        return int(
+            next(e.figures["steps"] for e in hb.quantize(m, [data()], **options, **more).log if e.stage == "tune")
+        )
+
+    assert steps(iterations=7) == 7
+    assert steps(time_limit=1e-3) < 50
+    with pytest.raises(hb.UsageError, match="has no step reconstruct, which --rounding is for"):
+        hb.quantize(m, [data()], rounding="adaround", **options)
+
+
 def base_target() -> hb.Target:
     return find("onnxruntime", saturates=engine.saturates())
