@@ -121,11 +121,12 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     help="How weights are rounded [default: the recipe's; below 8 bits: descent].",
 )
 @click.option(
-    "--iterations", type=click.IntRange(1), metavar="N", help="Of a learned rounding [default: as published]."
+    "--iterations",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of learned rounding, or of tuning [default: the recipe's].",
 )
-@click.option(
-    "--time-limit", metavar="TIME", help="For a learned rounding, such as 20m; it takes fewer iterations then."
-)
+@click.option("--time-limit", metavar="TIME", help="For learned rounding and tuning, such as 20m: fewer steps.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Search the cheapest recipe that loses no more.")
 @click.option("--validation", metavar="DATA", help="Labelled data for --max-drop [default: agreement with float].")
 @click.option("--uniform", is_flag=True, help="Below 8 bits: the first and the last layer, too.")
