@@ -9,11 +9,11 @@ import click
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import halfbyte as hb
 from halfbyte.cli import main
-from halfbyte.errors import StoreError, UsageError
+from halfbyte.errors import CaptureError, DataError, StoreError, UsageError
 from halfbyte.overrides import parse_overrides
 from tiny import array, files, halfbyte, network, quantized
 
@@ -106,6 +106,46 @@ def test_quantize_refuses(folder: Path) -> None:
     for source in (None, iter([torch.zeros(2, 3, 8, 8)])):
         with pytest.raises(UsageError, match=r"capture it first with hb\.capture"):
             hb.quantize(module, source)
+
+
+class Doubled(nn.Module):
+    """A network that takes pictures of any size, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, image: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.relu(self.first(image)))
+        return y
+
+
+def test_an_exported_program_is_quantized_like_a_module() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    net = Doubled().eval()
+    expected = grids(hb.quantize(net, [x]))
+    for inputs, named in (((x[:2],), None), ((), {"image": x[:2]})):
+        program = torch.export.export(net, inputs, named, dynamic_shapes={"image": {0: torch.export.Dim.AUTO}})
+        assert grids(hb.quantize(program, [x])) == expected
+    bare = torch.export.export(net, (x[:2],))
+    bare.example_inputs = None
+    with pytest.raises(UsageError, match="has kept no example inputs"):
+        hb.quantize(bare, [x])
+    with pytest.raises(CaptureError, match="a function is no network"):
+        hb.quantize(lambda image: image, [x])  # type: ignore[arg-type]
+
+
+def test_every_batch_has_to_fit_the_network() -> None:
+    x = torch.randn(16, 3, 8, 8)
+    other = r"batch 1 .*has shape \[16, 3, 12, 12\] but the network takes \[batch, 3, 8, 8\]"
+    larger = torch.randn(16, 3, 12, 12)
+    with pytest.raises(DataError, match=other):
+        hb.quantize(Doubled().eval(), [x, larger])
+    labels = torch.zeros(16, dtype=torch.long)
+    net = nn.Sequential(Doubled(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(DataError, match=other):
+        hb.evaluate(hb.quantize(net, [x]), [(x, labels), (larger, labels)])
 
 
 # What a function leaves out of its command's options, and what to write instead.
