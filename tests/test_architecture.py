@@ -21,7 +21,7 @@ LAYERS: dict[int, str] = {
     "refinement blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "sessions prove lower sizes sums engine engine_openvino engines integer parity parity_openvino ports provenance "
-    "export_openvino export_onnx encodings proof report output settings scoring evaluate benchmark latency capabilities "
+    "onnx_edits export_openvino export_onnx encodings proof report output settings scoring evaluate benchmark latency capabilities "
     "mixed steps recipe pipeline summary diagnosis flips probes search quantize tradeoff inspection matching repairs "
     "evidence causes_grids causes diagnose job reexport plan check compare",
     9: "console doctor cli_config cli_again cli_daily cli_tradeoff cli_diagnose cli __init__ __main__",

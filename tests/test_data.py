@@ -233,7 +233,8 @@ def test_a_dataset_is_sampled_as_a_folder_is() -> None:
     spread = label(data, limit=4)
     assert spread.count == 4
     assert [t for _, target in spread for t in target.tolist()] == [0, 0, 1, 1]
-    assert [len(t) for _, t in label(data)] == [32, 8]
+    assert [len(t) for _, t in label(data, batch=32)] == [32, 8]
+    assert [len(b[0]) for b in calib(data, batch=40)] == [40]
 
 
 def test_items_of_every_form() -> None:

@@ -136,6 +136,16 @@ def test_an_exported_program_is_quantized_like_a_module() -> None:
         hb.quantize(lambda image: image, [x])  # type: ignore[arg-type]
 
 
+def test_a_traced_module_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    code = "import torch\nbuild = lambda: torch.jit.trace(torch.nn.Conv2d(3, 2, 3), torch.zeros(2, 3, 8, 8))\n"
+    (tmp_path / "traced.py").write_text(code + "data = lambda: [torch.zeros(4, 3, 8, 8)]\n")
+    spec = tmp_path / "traced.py"
+    module = torch.jit.trace(nn.Conv2d(3, 2, 3), torch.zeros(2, 3, 8, 8))
+    for net in (module, torch.jit.script(nn.Conv2d(3, 2, 3)), f"{spec}:build"):
+        with pytest.raises(CaptureError, match="a scripted or traced module cannot be captured"):
+            hb.quantize(net, f"{spec}:data")
+
+
 def test_every_batch_has_to_fit_the_network() -> None:
     x = torch.randn(16, 3, 8, 8)
     other = r"batch 1 .*has shape \[16, 3, 12, 12\] but the network takes \[batch, 3, 8, 8\]"

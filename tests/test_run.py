@@ -102,4 +102,6 @@ def test_a_tensor_in_place_of_batches_is_one_sentence() -> None:
             UsageError, match=r"the network takes \[batch, 3, 8, 8\]: give a list of batches, \[\(x,\)\]"
         ):
             step()
+    with pytest.raises(UsageError, match="give a list of batches"):
+        hb.reconstruct(m, [(x,), (x[0],)], hb.Descent())
     assert torch.equal(hb.predict(m, x)[0], hb.predict(m, (x,))[0])

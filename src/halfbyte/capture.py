@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from halfbyte.errors import CaptureError
 from halfbyte.graph import drop_dead, output_node
 from halfbyte.model import Example, Inputs, LogEntry, QModel
+from halfbyte.opening import SCRIPTED
 from halfbyte.ops import base_name
 from halfbyte.run import run
 from halfbyte.transforms.canonicalize import canonicalize
@@ -44,7 +45,7 @@ def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     :class:`CaptureError`.
     """
     reference = net.module() if isinstance(net, ExportedProgram) else net
-    check_module(reference)
+    _check_module(reference)
     given = _Given.of(example, net)
     types = _other_floats(reference)
     if types and isinstance(net, ExportedProgram):
@@ -106,12 +107,10 @@ class _Given:
         return tuple(self.named[str(n.target)] for n in m.inputs) if self.names else self.tensors
 
 
-def check_module(net: nn.Module) -> None:
+def _check_module(net: nn.Module) -> None:
     """Raises :class:`CaptureError` for a module that torch cannot export, or whose parameters are no finite numbers."""
     if isinstance(net, torch.jit.ScriptModule):
-        raise CaptureError(
-            "a scripted or traced module cannot be captured: give the torch.nn.Module that it was made of"
-        )
+        raise CaptureError(SCRIPTED)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if is_lazy(tensor):
             raise CaptureError(f"parameter '{name}' has no shape yet: run the network once before it is captured")
@@ -120,8 +119,7 @@ def check_module(net: nn.Module) -> None:
                 f"parameter '{name}' is on the device 'meta' and holds no numbers: load the weights first"
             )
         mask = not isinstance(tensor, nn.Parameter) and "running_" not in name  # a buffer: attention masks hold -inf
-        sound = torch.isnan(tensor).logical_not() if mask else torch.isfinite(tensor)
-        if tensor.is_floating_point() and not bool(sound.all()):
+        if tensor.is_floating_point() and bool((tensor.isnan() if mask else ~tensor.isfinite()).any()):
             raise CaptureError(
                 f"parameter '{name}' holds NaN or infinite values: the checkpoint is damaged or training diverged"
             )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from halfbyte.batches import (
     LABELS,
@@ -28,8 +28,9 @@ from halfbyte.batches import (
     parted,
     picked,
 )
-from halfbyte.errors import DataError, HalfbyteError, UsageError
+from halfbyte.errors import CaptureError, DataError, HalfbyteError, UsageError
 from halfbyte.loading import Batch, Pass, items, load_callable, stream
+from halfbyte.opening import SCRIPTED
 from halfbyte.pictures import Rows, class_indices, fits, layout_hint, reader
 from halfbyte.preprocess import Preprocess, find_pictures
 
@@ -117,7 +118,7 @@ def calibration(
     else:
         name = _name(source)
         told = f"the first {samples} samples of {name}"
-        found, told, known = _subset(found, lambda total: _chosen(total, samples, seed), name, told)
+        found, told, known = _subset(found, lambda total: _chosen(total, samples, seed), batch, name, told)
         passes = stream(found, name, samples, lambda item, where: check(inputs_of(item, names, where), where))
         return Samples(told, known, passes)
     rows = _chosen(table.total, samples, seed)
@@ -125,12 +126,15 @@ def calibration(
     return Samples(f"{count} of {table.total} samples of {table.name}", count, table.passes(rows, batch, check))
 
 
-def _subset(source: object, choose: Callable[[int], Rows], name: str, told: str) -> tuple[object, str, int | None]:
-    """Of a dataset of torch the chosen samples, what they are called, and how many they are; anything else as it is."""
+def _subset(
+    source: object, choose: Callable[[int], Rows], batch: int, name: str, told: str
+) -> tuple[object, str, int | None]:
+    """Of a dataset of torch the chosen samples in batches, what they are called, and how many they are; anything else as it is."""
     if not (isinstance(source, Dataset) and isinstance(source, Sized)):
         return source, told, None
     rows = choose(len(source))
-    return Subset(source, rows.tolist()), f"{len(rows)} of {len(source)} samples of {name}", len(rows)
+    batches: DataLoader[Any] = DataLoader(Subset(source, rows.tolist()), batch_size=batch)
+    return batches, f"{len(rows)} of {len(source)} samples of {name}", len(rows)
 
 
 def _chosen(total: int, samples: int, seed: int) -> Rows:
@@ -155,7 +159,10 @@ def example(forward: Callable[..., Any], source: Source) -> Batch | dict[str, to
     first = _first(found, _name(source))
     if isinstance(first, list | tuple) and len(first) == 2 and isinstance(first[0], Mapping):  # beside a target
         first = first[0]
-    parameters = inspect.signature(forward).parameters.values()
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except ValueError as error:  # it is not Python's
+        raise CaptureError(SCRIPTED) from error
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = tuple(p.name for p in plain if p.default is p.empty)
     optional = [p.name for p in plain if p.default is None]
@@ -230,7 +237,7 @@ def labelled(
             return check((*inputs_of(item, names, where), as_tensor(beside, f"the target of {where}")), where)
 
         name = _name(source)
-        found, told, known = _subset(found, lambda total: _spread(total, limit), name, name)
+        found, told, known = _subset(found, lambda total: _spread(total, limit), batch, name, name)
         return Labelled(told, known, stream(found, name, limit, convert))
     rows = _spread(table.total, limit)
     count = len(rows)

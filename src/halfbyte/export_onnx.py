@@ -24,6 +24,7 @@ from halfbyte.errors import HalfbyteError, ParityError, StoreError
 from halfbyte.graph import editable, output_node
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, QModel
+from halfbyte.onnx_edits import inserted
 from halfbyte.ops import (
     CLAMP_CHANNELS,
     CLIP_CODES,
@@ -316,20 +317,12 @@ def _infer_free_size(model: ir.Model) -> None:
     Engines compute less, and OpenVINO forgets the biases of convolutions in some networks whose values depend on shapes.
     """
     for node in [n for n in model.graph if n.op_type == "Reshape"]:
-        sizes = node.inputs[1]
-        shape = list(node.outputs[0].shape or ())
-        if (
-            sizes is None
-            or sizes.const_value is not None
-            or sum(not isinstance(d, int) for d in shape) != 1
-            or 0 in shape
-        ):
+        computed, shape = node.inputs[1], node.outputs[0].shape or ()
+        sizes = [d if isinstance(d, int) else -1 for d in shape]
+        if computed is None or computed.const_value is not None or sizes.count(-1) != 1 or 0 in sizes:
             continue
-        known = ir.Tensor(np.array([d if isinstance(d, int) else -1 for d in shape], dtype=np.int64))
-        constant = ir.node("Constant", [], {"value": known}, name=f"{node.outputs[0].name}:sizes")
-        constant.outputs[0].name = constant.name
-        model.graph.insert_before(node, constant)
-        node.replace_input_with(1, constant.outputs[0])
+        known = {"value": ir.Tensor(np.array(sizes, dtype=np.int64))}
+        node.replace_input_with(1, inserted(model, node, "Constant", [], f"{node.outputs[0].name}:sizes", known))
 
 
 def _drop_idle_limits(model: ir.Model) -> None:
@@ -408,10 +401,7 @@ def _set_apart(model: ir.Model, node: ir.Node) -> None:
     """A sum of one operand in front of an operation's first input, which ONNX Runtime does not look through."""
     x = node.inputs[0]
     assert x is not None
-    apart = ir.node("Sum", [x], name=f"{x.name}:apart")
-    apart.outputs[0].name = f"{x.name}:apart"
-    model.graph.insert_before(node, apart)
-    node.replace_input_with(0, apart.outputs[0])
+    node.replace_input_with(0, inserted(model, node, "Sum", [x], f"{x.name}:apart"))
 
 
 def _dequantized(value: ir.Value | None) -> bool:

@@ -1,10 +1,11 @@
 """What a file must look like for OpenVINO to compute what it says: the same numbers, in another order of operations."""
 
 import math
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from halfbyte.onnx_edits import inserted, numbers
 
 _MOST_REPEATED = 1 << 22  # numbers for a sample
 # They hand on the numbers that they read, whether these are codes or what the codes stand for.
@@ -33,10 +34,7 @@ def _strides_to_pools(model: ir.Model) -> None:
             continue
         if all(d == 1 for d in list(weight)[2:]):
             taps = {"kernel_shape": [1] * len(strides), "strides": strides}
-            pool = ir.node("MaxPool", [node.inputs[0]], taps, name=f"{node.name}:strides")
-            pool.outputs[0].name = pool.name
-            model.graph.insert_before(node, pool)
-            node.replace_input_with(0, pool.outputs[0])
+            node.replace_input_with(0, inserted(model, node, "MaxPool", [node.inputs[0]], f"{node.name}:strides", taps))
             node.attributes["strides"] = ir.AttrInt64s("strides", [1] * len(strides))
 
 
@@ -53,18 +51,16 @@ def _repeat_by_index(model: ir.Model) -> None:
         first, name = model.graph.inputs[0], str(repeated.name)
         rank = 1 if first.shape is None else len(first.shape)
         number: ir.Value = first
-        made: list[ir.Node] = []
         if rank > 1:
-            ends = [_numbers(model, f"{name}:{what}", [v] * (rank - 1)) for v, what in ((0, "starts"), (1, "ends"))]
-            axes = _numbers(model, f"{name}:axes", list(range(1, rank)))
-            number = _made(made, "Slice", [number, *ends, axes], f"{name}:slice")
-            number = _made(made, "Reshape", [number, _numbers(model, f"{name}:flat", [-1])], f"{name}:number")
-        number = _made(made, "Cast", [number], f"{name}:integer", to=ir.DataType.INT64)
-        index = _made(made, "Mul", [number, _numbers(model, f"{name}:zero", [0])], f"{name}:index")
-        rows = _made(made, "Gather", [_widened(model, constant, repeated), index], f"{name}:rows", axis=0)
+            ends = [numbers(model, f"{name}:{what}", [v] * (rank - 1)) for v, what in ((0, "starts"), (1, "ends"))]
+            axes = numbers(model, f"{name}:axes", range(1, rank))
+            number = inserted(model, node, "Slice", [number, *ends, axes], f"{name}:slice")
+            number = inserted(model, node, "Reshape", [number, numbers(model, f"{name}:flat", [-1])], f"{name}:number")
+        number = inserted(model, node, "Cast", [number], f"{name}:integer", {"to": ir.DataType.INT64})
+        index = inserted(model, node, "Mul", [number, numbers(model, f"{name}:zero", [0])], f"{name}:index")
+        table = _widened(model, constant, repeated)
+        rows = inserted(model, node, "Gather", [table, index], f"{name}:rows", {"axis": 0})
         rows.shape, rows.dtype = repeated.shape, repeated.dtype
-        for new in made:
-            model.graph.insert_before(node, new)
         for user, at in list(repeated.uses()):
             user.replace_input_with(at, rows)
         model.graph.remove(node, safe=True)
@@ -88,21 +84,6 @@ def _for_each_sample(before: ir.Shape | None, after: ir.Shape | None) -> bool:
     sizes = [d for d in list(after)[1:] if isinstance(d, int)]
     known = len(sizes) == len(after) - 1 and math.prod(sizes) <= _MOST_REPEATED
     return before[0] == 1 and not isinstance(after[0], int) and known
-
-
-def _numbers(model: ir.Model, name: str, values: list[int]) -> ir.Value:
-    """A constant of integers, such as sizes, in the file."""
-    held = ir.Value(name=name, const_value=ir.Tensor(np.array(values, dtype=np.int64)), shape=ir.Shape((len(values),)))
-    held.dtype = ir.DataType.INT64
-    model.graph.initializers.add(held)
-    return held
-
-
-def _made(made: list[ir.Node], op: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
-    """What a new operation gives; both have its name."""
-    made.append(ir.node(op, inputs, attributes, name=name))
-    made[-1].outputs[0].name = name
-    return made[-1].outputs[0]
 
 
 def _pool_tokens(model: ir.Model) -> None:
@@ -131,14 +112,11 @@ def _pad_codes(model: ir.Model) -> None:
         if read is None or read.op_type != "DequantizeLinear" or not counted:
             continue
         half = len(pads) // 2
-        size = _numbers(model, f"{node.name}:pads", [0, 0, *pads[:half], 0, 0, *pads[half:]])
-        padded = ir.node("Pad", [read.inputs[0], size, read.inputs[2]], name=f"{node.name}:padded")
-        real = ir.node("DequantizeLinear", [padded.outputs[0], *read.inputs[1:]], dict(read.attributes))
-        real.name = f"{node.name}:padded.real"
-        for new in (padded, real):
-            new.outputs[0].name = new.name
-            model.graph.insert_before(node, new)
-        node.replace_input_with(0, real.outputs[0])  # the other dequantization stays: by it the proof sees the value
+        size = numbers(model, f"{node.name}:pads", [0, 0, *pads[:half], 0, 0, *pads[half:]])
+        padded = inserted(model, node, "Pad", [read.inputs[0], size, read.inputs[2]], f"{node.name}:padded")
+        name = f"{node.name}:padded.real"
+        real = inserted(model, node, "DequantizeLinear", [padded, *read.inputs[1:]], name, dict(read.attributes))
+        node.replace_input_with(0, real)  # the other dequantization stays: by it the proof sees the value
         node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
 
 
@@ -158,10 +136,9 @@ def _join_codes(model: ir.Model) -> None:
         if not any(user.op_type == "MatMul" for leaf in leaves for user, _ in leaf.outputs[0].uses()):
             continue
         for i, part in enumerate(node.inputs):
-            codes = ir.node("QuantizeLinear", [part, *written.inputs[1:]], dict(written.attributes))
-            codes.name = codes.outputs[0].name = f"{written.outputs[0].name}:{i}"
-            model.graph.insert_before(node, codes)
-            node.replace_input_with(i, codes.outputs[0])
+            at, attributes = f"{written.outputs[0].name}:{i}", dict(written.attributes)
+            codes = inserted(model, node, "QuantizeLinear", [part, *written.inputs[1:]], at, attributes)
+            node.replace_input_with(i, codes)
         name, codes_type = written.outputs[0].name, written.outputs[0].dtype
         for user, index in list(written.outputs[0].uses()):
             user.replace_input_with(index, joined)

@@ -27,7 +27,7 @@ from halfbyte.ops import (
     aten,
     kind,
 )
-from halfbyte.run import check_given, evaluate_plainly, in_batches, keep, run
+from halfbyte.run import evaluate_plainly, in_batches, keep, run
 from halfbyte.sums import conv_sums, matmul_sums
 
 
@@ -91,7 +91,6 @@ def predict(m: QModel, x: Inputs | Tensor) -> Outputs:
     Every call lowers the model: to run many batches, call :func:`lower` once and :func:`run_integer` for each.
     """
     x = (x,) if isinstance(x, Tensor) else x
-    check_given(m, x)
     if not m.grids:
         with torch.inference_mode():
             return in_batches(m, x, lambda some: run(m, some))

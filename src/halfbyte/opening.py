@@ -24,6 +24,7 @@ from halfbyte.model import Example
 
 Network = nn.Module | ExportedProgram
 _PICKLED = "'{}' holds pickled objects that could run code: use --trust if you know where it comes from"
+SCRIPTED = "a scripted or traced module cannot be captured: give the torch.nn.Module that it was made of"
 _PARALLEL = "module."  # what DataParallel puts before every name
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _SIGNS = re.compile(r"[\w\s,.+\-*/()<>=!&|~]*")

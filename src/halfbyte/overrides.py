@@ -121,8 +121,8 @@ def _wanted(graph: fx.Graph, pattern: str, form: Format | Bits) -> Iterator[tupl
         return
     computing = {n for n in tensors(graph) if kind(n) is Kind.MATMUL} | set(layers(graph))
     meant = [n for n in tensors(graph) if matches(pattern, n)]
-    tables = {n: table for n in meant if (table := table_of(n)) is not None}
-    yield from ((value_name(table), form.weights) for table in tables.values())
+    tables = [table for n in meant if (table := table_of(n)) is not None]
+    yield from ((value_name(table), form.weights) for table in tables)
     for layer in (n for n in meant if n in computing):
         weight = weight_of(layer)
         if weight is not None:

@@ -121,16 +121,14 @@ def recipe_for(
     if activation_range is not None:  # the rule that was asked for has the last word
         recipe = recipe.without("refine_ranges")
     asked = {"--rounding": rounding, "--iterations": iterations, "--time-limit": time_limit}
-    learns = recipe.has("reconstruct") or (rounding is None and recipe.has("tune"))
-    for option, value in asked.items():
-        if value is not None and not learns:
-            raise UsageError(
-                f"recipe '{recipe.name}' has no step reconstruct, which {option} is for: choose --recipe low-bit"
-            )
-    if recipe.has("reconstruct"):
-        recipe = recipe.changed("reconstruct", method=rounding, iterations=iterations)
-    else:
-        recipe = recipe.changed("tune", iterations=iterations)
+    given = [option for option, value in asked.items() if value is not None]
+    learns = "reconstruct" if recipe.has("reconstruct") or rounding is not None else "tune"
+    if given and not recipe.has(learns):
+        what = given[0]
+        raise UsageError(
+            f"recipe '{recipe.name}' has no step reconstruct, which {what} is for: choose --recipe low-bit"
+        )
+    recipe = recipe.changed(learns, method=rounding, iterations=iterations)
     check(recipe)
     return recipe
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
-from halfbyte.capture import capture, check_module
+from halfbyte.capture import capture
 from halfbyte.data import Samples, Source, example, labelled
 from halfbyte.errors import CaptureError, UsageError
 from halfbyte.formats import Bits, parse_widths
@@ -230,7 +230,6 @@ def captured(
         raise CaptureError(
             f"a {type(network).__name__} is no network: give a torch.nn.Module, or 'file.py:function' that returns one"
         )
-    check_module(network)
     if preprocess is not None:
         return note_weights(capture(network, (torch.zeros(2, preprocess.channels, *preprocess.shape),)))
     if data is None or isinstance(data, Iterator):

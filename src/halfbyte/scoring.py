@@ -86,8 +86,9 @@ def labelled_or_not(
         if classes is not None:
             raise
         found = [(x, None) for x in open_data(m, None, again, **options) or ()]
+    expected = expected_inputs(m)
     for i, (x, _) in enumerate(found):
-        check_inputs(x, expected_inputs(m), f"batch {i} of the data")
+        check_inputs(x, expected, f"batch {i} of the data")
     return found  # type: ignore[no-any-return]
 
 

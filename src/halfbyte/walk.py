@@ -102,7 +102,8 @@ def walk(
         batches = [tuple(batch) for batch in data]
         if not batches:
             raise DataError("there are no data to work with")
-        check_given(m, batches[0])
+        for batch in batches:
+            check_given(m, batch)
         reference.start(len(batches))
         stream.start(len(batches))
         segments = _segments(m)
