@@ -5,6 +5,10 @@ import functools
 import pytest
 from torch.onnx._internal.exporter import _registration
 
+from elsewhere import register
+
+register()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_registry() -> None:

@@ -93,7 +93,7 @@ def test_layers_name_nothing_that_is_gone() -> None:
     ("name", "source", "expected"),
     [
         ("affine", "from halfbyte.model import QModel", "not below"),
-        ("model", "from halfbyte.graph import editable", "not below"),
+        ("model", "from halfbyte.graph import by_value", "not below"),
         ("lower", "from halfbyte import engine", "not below"),
         ("place", "def f():\n    from halfbyte.ops import Kind", "inside a function"),
         ("transforms.fold_batchnorm", "from halfbyte.transforms.canonicalize import canonicalize", "neighbour"),

@@ -15,8 +15,7 @@ import numpy as np
 from halfbyte.budgets import SHOWN, Budget
 from halfbyte.costs import CostTable, costs
 from halfbyte.errors import UsageError
-from halfbyte.graph import editable
-from halfbyte.model import LogEntry, QModel
+from halfbyte.model import LogEntry, QModel, editable
 from halfbyte.programme import Programme, Solved
 from halfbyte.sensitivity import SensitivityTable, output_loss
 from halfbyte.units import Candidates, Units, merged, passed_on, units, without_copies

@@ -160,9 +160,8 @@ class _Stream:
     """All samples of one of the two networks at the cut between two blocks."""
 
     def __init__(self, m: QModel, samples: Inputs) -> None:
-        device = next((t.device for t in m.params.values()), torch.device("cpu"))
         self.count = len(samples[0])
-        self.env: Env = {n: laid_out(x.to(device)) for n, x in zip(m.inputs, samples, strict=True)}
+        self.env: Env = {n: laid_out(x.to(m.device)) for n, x in zip(m.inputs, samples, strict=True)}
         self.freed = last_uses(m.graph)
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ import operator
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -74,7 +74,10 @@ class _Given:
 
     @classmethod
     def of(cls, example: Example, net: nn.Module | ExportedProgram) -> "_Given":
-        """By name in the order of ``forward``. Raises :class:`CaptureError` where there is something else than tensors."""
+        """On the network's device, and by name in the order of ``forward``.
+
+        Raises :class:`CaptureError` where there is something else than tensors.
+        """
         names: tuple[str, ...] = ()
         if isinstance(example, Mapping):
             known = list(inspect.signature(net.forward).parameters) if isinstance(net, nn.Module) else []
@@ -86,7 +89,8 @@ class _Given:
             raise CaptureError(
                 "the example must be a tensor, or a sequence or a mapping of tensors, one for each input of the network"
             )
-        return cls(tuple(t.float() if t.is_floating_point() else t for t in tensors), names)
+        device = device_of(net)
+        return cls(tuple(t.to(device, torch.float32 if t.is_floating_point() else None) for t in tensors), names)
 
     @property
     def named(self) -> dict[str, Tensor]:
@@ -105,6 +109,12 @@ class _Given:
     def inputs(self, m: QModel) -> Inputs:
         """In the order of a graph's inputs."""
         return tuple(self.named[str(n.target)] for n in m.inputs) if self.names else self.tensors
+
+
+def device_of(net: nn.Module | ExportedProgram) -> torch.device:
+    """Where the parameters of a network lie."""
+    held = net.state_dict.values() if isinstance(net, ExportedProgram) else (*net.parameters(), *net.buffers())
+    return next((t.device for t in held), torch.device("cpu"))
 
 
 def _check_module(net: nn.Module) -> None:
@@ -148,19 +158,18 @@ def doubled(inputs: Inputs) -> Inputs:
 def _export(net: nn.Module, given: _Given) -> ExportedProgram:
     inputs = given.tensors
     sizes = {t.shape[0] for t in inputs if t.ndim}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad():
         if len(sizes) == 1 and all(t.ndim for t in inputs):
             example = replace(given, tensors=doubled(inputs))
             try:
                 with _as_found(net):
-                    return _quietly(net, example, dynamic_shapes=_free_batch(example.tensors))
+                    return _exported(net, example, dynamic_shapes=_free_batch(example.tensors))
             except Exception as error:
                 _log.debug("capture with a free batch size failed: %s", error)
         with _as_found(net):
             _outputs(net, given)  # it runs, and what it computes once for inputs of this size is there
             try:
-                return _quietly(net, given)
+                return _exported(net, given)
             except Exception as error:
                 returned = re.search(r"Found <class '(?:.*\.)?(\w+)'> in output", str(error))
                 if returned:
@@ -174,9 +183,21 @@ def _export(net: nn.Module, given: _Given) -> ExportedProgram:
                 ) from error
 
 
-def _quietly(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
-    """Where torch gives up it prints the whole graph, which would bury the reason."""
-    with redirect_stderr(io.StringIO()):
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Where torch gives up it prints and logs tracebacks and the whole graph, which would bury the reason."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _exported(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
+    with quiet():
         return export(net, given.ordered, given.named, **options)
 
 
@@ -213,8 +234,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
     wrapped = any(str(t).startswith("wrap_with_") for t in targets)
     if wrapped or any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return cast(ExportedProgram, program.run_decompositions({}))
     return program
 
@@ -353,7 +373,7 @@ def _name(node: fx.Node, module: str, alone: bool) -> str:
 @torch.inference_mode()
 def _check_same(m: QModel, reference: nn.Module, given: _Given) -> None:
     """The captured graph must compute what the network computes; otherwise everything after it is about another network."""
-    with _as_found(reference) if not isinstance(reference, fx.GraphModule) else warnings.catch_warnings():
+    with _as_found(reference) if not isinstance(reference, fx.GraphModule) else nullcontext():
         expected = _outputs(reference, given)
         found = {name: _off(a, b) for name, a, b in zip(m.outputs, expected, run(m, given.inputs(m)), strict=True)}
         name = max(found, key=lambda k: found[k])

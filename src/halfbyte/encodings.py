@@ -19,8 +19,8 @@ from halfbyte.affine import Grid, fake_quantize
 from halfbyte.errors import StoreError, UsageError
 from halfbyte.export_onnx import to_onnx
 from halfbyte.formats import Format
-from halfbyte.graph import editable, layers, tensors, weight_of
-from halfbyte.model import QModel, value_name
+from halfbyte.graph import layers, tensors, weight_of
+from halfbyte.model import QModel, editable, value_name
 from halfbyte.ops import NAMED
 
 VERSION = "1.0.0"

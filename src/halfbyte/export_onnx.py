@@ -1,11 +1,7 @@
 """One ONNX file, in the QDQ form that every engine reads, reloaded and proven before the call returns."""
 
-import contextlib
-import io
-import logging
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +15,12 @@ from onnxscript import opset21 as op
 from torch import fx
 
 from halfbyte import engines, export_openvino
+from halfbyte.capture import quiet
 from halfbyte.engine import saturates
 from halfbyte.errors import HalfbyteError, ParityError, StoreError
-from halfbyte.graph import editable, output_node
+from halfbyte.graph import output_node
 from halfbyte.lower import lower
-from halfbyte.model import Inputs, QModel
+from halfbyte.model import Inputs, QModel, editable
 from halfbyte.onnx_edits import inserted
 from halfbyte.ops import (
     CLAMP_CHANNELS,
@@ -141,8 +138,7 @@ def to_onnx(low: QModel, *, metadata: Mapping[str, str] | None = None, container
         for n in low.inputs
     )
     try:
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             program = torch.onnx.export(
                 module,
                 inputs,
@@ -181,19 +177,6 @@ def _reason(error: BaseException) -> str:
     named = re.findall(r"^<class '[\w.]+'>: (.+)$", text, re.MULTILINE)
     lines = named or [line for line in text.splitlines() if line.strip()]
     return str(lines[0])[:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter writes to stdout and warns about packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _module(low: QModel) -> tuple[fx.GraphModule, dict[str, str]]:
@@ -304,8 +287,7 @@ def _fold_sizes(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     kept = ("DequantizeLinear", "QuantizeLinear", "Cast", "Clip", "Transpose")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type in kept else None)
         _infer_free_size(model)
         optimizer.remove_unused_nodes(model)

@@ -13,16 +13,6 @@ LAYERS = (CONV, CONV_TRANSPOSE, LINEAR)
 RESIDUAL = ":residual"  # what the first part of a value has left, and the layers that read it
 
 
-def editable(graph: fx.Graph) -> fx.Graph:
-    """A copy whose nodes carry copies of the metadata."""
-    new = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    result = new.graph_copy(graph, copied)
-    output = new.output(result)
-    output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
-    return new
-
-
 def by_value(graph: fx.Graph) -> dict[str, fx.Node]:
     """Nodes by value name; tensors and lists of tensors, without sizes."""
     return {value_name(n): n for n in graph.nodes if "value" in n.meta}

@@ -21,9 +21,9 @@ from halfbyte.benchmark import interleaved
 from halfbyte.calibrate import calibrate
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.formats import Bits, container_bits
-from halfbyte.graph import editable, extent, output_node
+from halfbyte.graph import extent, output_node
 from halfbyte.lower import lower
-from halfbyte.model import QModel
+from halfbyte.model import QModel, editable
 from halfbyte.ops import DEQUANTIZE
 from halfbyte.place import place
 

@@ -163,15 +163,38 @@ class QModel(Shown):
             rows.append({**row, "minimum": ends[0], "maximum": ends[1]})
         return rows
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return next((t.device for t in self.params.values()), torch.device("cpu"))
+
     def to(self, device: torch.device | str) -> "QModel":
         """The same model on another device."""
+        graph = self.graph
+        if any(n.kwargs.get("device") is not None for n in graph.nodes):  # operations that make tensors
+            graph = editable(graph)
+            for n in graph.nodes:
+                if n.kwargs.get("device") is not None:
+                    n.kwargs = {**n.kwargs, "device": torch.device(device)}
         return replace(
             self,
+            graph=graph,
             params={k: v.to(device) for k, v in self.params.items()},
             tuned={k: v.to(device) for k, v in self.tuned.items()},
             grids={k: g.to(device) for k, g in self.grids.items()},
             moments={k: Moments(v.mean.to(device), v.std.to(device)) for k, v in self.moments.items()},
+            samples=tuple(t.to(device) for t in self.samples),
         )
+
+
+def editable(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes carry copies of the metadata."""
+    new = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, copied)
+    output = new.output(result)
+    output.meta = dict(next(n for n in graph.nodes if n.op == "output").meta)
+    return new
 
 
 def value_name(node: fx.Node) -> str:

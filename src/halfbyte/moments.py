@@ -335,8 +335,7 @@ def propagate(m: QModel, ranges: Mapping[str, tuple[float, float]] | None = None
             continue
         name = value_name(node)
         found = ranges.get(name) or estimated_input(m, node)
-        device = next(iter(m.params.values())).device if m.params else torch.device("cpu")
-        given[name] = _between(*found, shape, device) if found else unknown(shape, device)
+        given[name] = _between(*found, shape, m.device) if found else unknown(shape, m.device)
         inputs.append(given[name])  # type: ignore[arg-type]
     walk = _Propagation(m, given)
     run(m.as_float(), tuple(inputs), evaluate=walk)

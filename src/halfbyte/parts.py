@@ -9,8 +9,8 @@ from torch import Tensor, fx
 from halfbyte.affine import Grid
 from halfbyte.calibrate import regridded
 from halfbyte.formats import Format
-from halfbyte.graph import RESIDUAL, bias_of, editable, groups, input_axis, parameter, weight_of
-from halfbyte.model import LogEntry, QModel, value_name
+from halfbyte.graph import RESIDUAL, bias_of, groups, input_axis, parameter, weight_of
+from halfbyte.model import LogEntry, QModel, editable, value_name
 from halfbyte.ops import CONV, LINEAR, Kind, aten
 from halfbyte.targets import activation_format
 
@@ -40,7 +40,7 @@ class Edit:
 
     def constant(self, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
         """A node for a new parameter."""
-        self.params[name] = tensor
+        self.params[name] = tensor.to(self.m.device)
         node = parameter(self.graph, name, before, tensor.shape)
         node.meta["dtype"] = str(tensor.dtype).removeprefix("torch.")
         return node

@@ -18,7 +18,6 @@ from halfbyte.graph import (
     activation_inputs,
     channel_axis,
     drop_dead,
-    editable,
     groups,
     has_computed_bias,
     is_output,
@@ -31,7 +30,7 @@ from halfbyte.graph import (
     tensors,
     weight_of,
 )
-from halfbyte.model import LogEntry, QModel, Target, value_name
+from halfbyte.model import LogEntry, QModel, Target, editable, value_name
 from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, base_name, kind
 from halfbyte.overrides import Overrides, apply_overrides, check_overrides, kept_in_float
 from halfbyte.targets import activation_format, weight_format

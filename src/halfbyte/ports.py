@@ -10,8 +10,8 @@ from torch import fx
 
 from halfbyte.affine import Grid, quantize
 from halfbyte.errors import UsageError
-from halfbyte.graph import editable, extent
-from halfbyte.model import Inputs, LogEntry, QModel, value_name
+from halfbyte.graph import extent
+from halfbyte.model import Inputs, LogEntry, QModel, editable, value_name
 from halfbyte.ops import QUANTIZE
 from halfbyte.preprocess import Preprocess
 

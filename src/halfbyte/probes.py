@@ -261,10 +261,8 @@ def _forked(base: _Case, cases: Mapping[str, _Case], b: Bench) -> dict[str, floa
 
 
 def _given(case: _Case, inputs: Mapping[fx.Node, Tensor]) -> Callable[[fx.Node], Tensor]:
-    device = next((t.device for t in case.model.params.values()), torch.device("cpu"))
-
     def given(node: fx.Node) -> Tensor:
-        return case.model.params[str(node.target)] if node.op == "get_attr" else inputs[node].to(device)
+        return case.model.params[str(node.target)] if node.op == "get_attr" else inputs[node].to(case.model.device)
 
     return given
 

@@ -10,9 +10,9 @@ from halfbyte.correct import correct_bias
 from halfbyte.descent import Descent
 from halfbyte.diagnosis import Repair
 from halfbyte.errors import HalfbyteError
-from halfbyte.graph import by_value, editable, layers, weight_of
+from halfbyte.graph import by_value, layers, weight_of
 from halfbyte.grids import MSE, from_range
-from halfbyte.model import Inputs, QModel, value_name
+from halfbyte.model import Inputs, QModel, editable, value_name
 from halfbyte.ops import REQUANTIZE
 from halfbyte.place import place
 from halfbyte.probes import Bench, Seen

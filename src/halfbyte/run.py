@@ -211,14 +211,13 @@ def run(
     check_given(m, x)
     inputs = iter(x)
     values = {**m.parameters, **(params or {})}
-    device = next((t.device for t in values.values()), None)
     env: dict[fx.Node, Any] = {}
 
     def given(node: fx.Node) -> Any:
         if node.op == "get_attr":
             return values[str(node.target)]
         result = next(inputs)
-        result = result if device is None else result.to(device)
+        result = result.to(m.device)
         return laid_out(result) if isinstance(result, Tensor) else result
 
     for node in steps(m.graph.nodes, env, given, tap, freed=last_uses(m.graph), evaluate=evaluate):

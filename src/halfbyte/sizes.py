@@ -27,7 +27,7 @@ class Sizes:
 
 def sizes(placed: QModel, container: str = "packed") -> Sizes:
     """Sizes of a model that has a plan; grids are not needed."""
-    low = lower(replace(placed, grids=_any_grids(placed)))
+    low = lower(replace(placed, grids=_any_grids(placed)).to("cpu"))
     nodes = sum(1 for n in low.graph.nodes if n.op == "call_function")
     stored = _stored_bytes(low, packed=container == "packed")
     if container == "packed":

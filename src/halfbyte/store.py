@@ -33,7 +33,7 @@ _TORCH_TYPES = {"dtype": torch.dtype, "memory_format": torch.memory_format, "lay
 
 def save(m: QModel, folder: str | Path) -> None:
     """Write a model into a folder (made if needed). Files are replaced one by one, each whole. Raises :class:`StoreError`."""
-    folder = Path(folder)
+    folder, m = Path(folder), m.to("cpu")
     tensors = {**_prefixed("params", m.params), **_prefixed("tuned", m.tuned)}
     for name, grid in m.grids.items():
         parts = {"scale": grid.scale, "zero": grid.zero, "lo": grid.lo, "hi": grid.hi}
@@ -44,7 +44,7 @@ def save(m: QModel, folder: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory, as tied weights do
-        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, folder / f".{_TENSORS}")
+        save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / f".{_TENSORS}")
         (folder / f".{_GRAPH}").write_text(json.dumps(_describe(m)), encoding="utf-8")
         for name in (_TENSORS, _GRAPH):
             os.replace(folder / f".{name}", folder / name)

@@ -122,8 +122,7 @@ class _Judge:
     def __init__(self, part: Part, samples: Inputs, count: int, *, divergent: bool, features: bool, mix: bool) -> None:
         self.part, self.count, self.divergent, self.centred = part, count, divergent, classifies(part.m)
         self.name = "divergence" if divergent else "relative error"
-        device = next((t.device for t in part.m.params.values()), torch.device("cpu"))
-        self.samples = tuple(x.to(device) for x in samples)
+        self.samples = tuple(x.to(part.m.device) for x in samples)
         self.mix = mix and all(x.is_floating_point() for x in samples)
         ends = [end_of(nodes) for nodes in blocks_of(part.m, _LAYERS)[:-1]] if features else []
         self.features = [n for n in ends if is_real(n)]

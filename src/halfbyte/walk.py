@@ -174,7 +174,7 @@ class _Stream:
     """One of the two networks: the values at the frontier, for each batch."""
 
     def __init__(self, m: QModel, store: _Store, later: frozenset[fx.Node] = frozenset()) -> None:
-        self.store, self.freed = store, last_uses(m.graph)
+        self.store, self.freed, self.device = store, last_uses(m.graph), m.device
         self.later = later  # rounded when they are read, not when they are made
         self.values: list[dict[fx.Node, Any]] = []
 
@@ -221,7 +221,6 @@ class _Stream:
     ) -> None:
         """Run the nodes on one batch and keep what later nodes need."""
         env, inputs = self.values[i], iter(batch)
-        device = next((t.device for t in params.values()), None)
         made: set[fx.Node] = set()
         for at, node in enumerate(nodes):
             if node.op == "output":
@@ -229,8 +228,7 @@ class _Stream:
             if node.op == "get_attr":
                 continue
             if node.op == "placeholder":
-                result = next(inputs)
-                result = laid_out(result if device is None else result.to(device))
+                result = laid_out(next(inputs).to(self.device))
             elif at == 0 and first is not None:
                 result = first
             else:

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from halfbyte.chains import Pair, outputs, padded, pairs
 from halfbyte.errors import UsageError
-from halfbyte.graph import bias_of, blocks, by_value, editable, input_axis, parameter, per_input, weight_of
-from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
+from halfbyte.graph import bias_of, blocks, by_value, input_axis, parameter, per_input, weight_of
+from halfbyte.model import Inputs, LogEntry, Moments, QModel, editable, value_name
 from halfbyte.moments import propagate
 from halfbyte.ops import CLAMP_CHANNELS, GLOBAL_AVERAGE_POOL, Kind, base_name, clamp_bounds, kind
 from halfbyte.run import portions, run

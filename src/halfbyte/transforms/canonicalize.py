@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from halfbyte.graph import drop_dead, editable, is_real, parameter, replace_uses
-from halfbyte.model import LogEntry, QModel, value_name
+from halfbyte.graph import drop_dead, is_real, parameter, replace_uses
+from halfbyte.model import LogEntry, QModel, editable, value_name
 from halfbyte.ops import CONV, CONV_TRANSPOSE, GLOBAL_AVERAGE_POOL, LINEAR, argument, aten, base_name, is_tensor
 
 _RANK = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -288,7 +288,8 @@ def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log:
         k_shape = key.meta["shape"]
     if causal:
         name = f"causal:{q_shape[-2]}x{k_shape[-2]}"  # the same for all layers
-        params[name] = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool).tril()
+        device = next((t.device for t in params.values()), None)
+        params[name] = torch.ones(q_shape[-2], k_shape[-2], dtype=torch.bool, device=device).tril()
         mask = parameter(graph, name, node, params[name].shape)
         mask.meta["dtype"] = "bool"
     scores_shape = (*q_shape[:-1], k_shape[-2])

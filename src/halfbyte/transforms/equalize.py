@@ -22,7 +22,6 @@ from halfbyte.graph import (
     bias_of,
     blocks,
     by_value,
-    editable,
     groups,
     input_axis,
     parameter,
@@ -31,7 +30,7 @@ from halfbyte.graph import (
     unblocks,
     weight_name,
 )
-from halfbyte.model import Inputs, LogEntry, Moments, QModel, value_name
+from halfbyte.model import Inputs, LogEntry, Moments, QModel, editable, value_name
 from halfbyte.ops import CLAMP_CHANNELS, clamp_bounds
 
 Method = Literal["noise", "weights"]

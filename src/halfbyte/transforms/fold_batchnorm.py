@@ -10,14 +10,13 @@ from halfbyte.graph import (
     bias_of,
     channel_axis,
     drop_dead,
-    editable,
     is_output,
     layers,
     parameter,
     replace_uses,
     weight_of,
 )
-from halfbyte.model import LogEntry, Moments, QModel, value_name
+from halfbyte.model import LogEntry, Moments, QModel, editable, value_name
 from halfbyte.ops import CONV_TRANSPOSE, LINEAR, base_name
 
 
