@@ -340,6 +340,8 @@ def branching(s: Any, x: Tensor) -> Tensor:
         (Function(lambda s, x: (x + 1, random.Random())), r"returns a Random, which is no tensor: .*use_cache"),
         (Function(lambda s, x: x + torch.rand_like(x)), "random numbers"),
         (torch.jit.trace(nn.Linear(3, 3), torch.zeros(2, 3)), "scripted or traced module"),
+        (Function(lambda s, x: x[x > 0]), "how much output 'output' puts out depends on what the data"),
+        (Function(lambda s, x: x + s.a(x[x[:, 0] > 0]).sum(0), a=nn.Linear(3, 3)), "how much layer 'a' puts out"),
         (nn.LazyLinear(3), "parameter 'weight' has no shape yet"),
         (nn.Linear(3, 3, device="meta"), "parameter 'weight' is on the device 'meta'"),
     ],
@@ -348,6 +350,14 @@ def test_refusals_name_the_reason(net: nn.Module, message: str) -> None:
     with pytest.raises(CaptureError, match=message) as refused:
         hb.capture(net, torch.randn(2, 3))
     assert len(str(refused.value)) < 500
+
+
+def test_a_refusal_is_all_that_is_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """torch logs a traceback for the first input that does not fit."""
+    with pytest.raises(CaptureError, match=r"does not run on an example of shape \[2, 4\]"):
+        hb.capture(nn.Linear(3, 3), torch.randn(2, 4))
+    assert [r for r in caplog.records if r.levelname in ("WARNING", "ERROR", "CRITICAL")] == []
+    assert capfd.readouterr() == ("", "")
 
 
 def modes(s: Any, x: Tensor) -> Tensor:

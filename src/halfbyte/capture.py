@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from halfbyte.errors import CaptureError
-from halfbyte.graph import drop_dead, output_node
-from halfbyte.model import Example, Inputs, LogEntry, QModel
+from halfbyte.graph import drop_dead, layers, output_node, output_values
+from halfbyte.model import Example, Inputs, LogEntry, QModel, value_name
 from halfbyte.opening import SCRIPTED
 from halfbyte.ops import base_name
 from halfbyte.run import run
@@ -32,6 +32,7 @@ from halfbyte.transforms.canonicalize import canonicalize
 _log = logging.getLogger("halfbyte")
 # A graph that computes the same thing in another order (a different kernel) differs by float rounding only.
 _TOLERANCE = 1e-4
+_UNKNOWN_SIZE = re.compile(r"\bu\d+")  # what torch.export calls sizes that no shape tells
 _LAST_DIGITS, _ROUNDINGS = 2.0**-23, 10.0  # where it differs by more, by so many times what roundings of parameters do
 
 
@@ -274,12 +275,16 @@ def _from_program(program: ExportedProgram) -> QModel:
     drop_dead(graph)
     dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    m = QModel(
-        graph,
-        {k: v for k, v in params.items() if k in used},
-        _output_names(program, len(user_outputs)),
-        dynamic=dynamic,
-    )
+    names = _output_names(program, len(user_outputs))
+    compared = [*((f"output '{name}'", n) for name, n in zip(names, output_values(graph), strict=True)),
+                *((f"layer '{value_name(n)}'", n) for n in layers(graph))]  # fmt: skip
+    for what, node in compared:
+        if any(_UNKNOWN_SIZE.search(str(d)) for d in node.meta.get("shape", ())):
+            raise CaptureError(
+                f"how much {what} puts out depends on what the data hold, so that it cannot be compared with anything: end the "
+                "network in front of what picks values, or compute all of them and mask"
+            )
+    m = QModel(graph, {k: v for k, v in params.items() if k in used}, names, dynamic=dynamic)
     return m.logged(*_capture_log(graph, dynamic))
 
 
