@@ -71,7 +71,7 @@ def test_the_first_line_below_eight_bits(tmp_path: Path) -> None:
     told = onnx.load(tmp_path / "out" / "model.onnx").metadata_props  # where it comes from is not what it weighs
     size = (tmp_path / "out" / "model.onnx").stat().st_size - sum(len(p.key) + len(p.value) for p in told)
     (line,) = (line for line in lines if "logical, about" in line)
-    assert float(line.split("about ")[1].split(" MB")[0]) == pytest.approx(size / 1e6, abs=0.006)
+    assert float(line.split("about ")[1].split(" kB")[0]) == pytest.approx(size / 1e3, abs=6)
 
 
 def test_damaged_cache_is_measured_anew() -> None:

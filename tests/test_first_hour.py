@@ -214,3 +214,12 @@ def test_first_result_is_sound(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (place / "three.npz").unlink()
     assert halfbyte("check", "ok", "--max-size", "1MB").exit_code == 0
     assert Image.open(place / "photos" / "0.png").size == (10, 12)  # nobody has touched the data
+
+
+def test_raw_pixels_are_noticed_at_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and spread were forgotten: nothing is wrong with the command, so the work goes on, with a warning."""
+    monkeypatch.chdir(place)
+    result = halfbyte("quantize", "net.py:build", "--calibration", "photos", "--size", "8", "-o", "raw")
+    assert result.exit_code == 0, result.output
+    assert "warning: first: its input is unlike the training data" in result.output
+    assert "were mean and std forgotten?" in result.output

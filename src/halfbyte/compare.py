@@ -18,7 +18,7 @@ from halfbyte.output import Result as Output
 from halfbyte.output import folder_of, open_output
 from halfbyte.preprocess import Preprocess
 from halfbyte.scoring import Decisions, decisions, open_data
-from halfbyte.shown import Shown, aligned
+from halfbyte.shown import Shown, aligned, scaled
 
 _NOISE = 1.0  # dB: layers whose signal-to-noise differs by less are not listed
 
@@ -115,8 +115,8 @@ def _row(r: Result) -> tuple[str, ...]:
         _interval(r.difference),
         _interval(r.against_first),
         "" if r.agreement is None else f"{r.agreement:.2%}",
-        f"{r.file_bytes / 1e6:.2f} MB",
-        f"{r.logical_bytes / 1e6:.2f} MB",
+        scaled(r.file_bytes, "B"),
+        scaled(r.logical_bytes, "B"),
         speed if r.milliseconds is None else f"{speed} ({r.milliseconds:.2f} ms)",
         r.proof,
     )

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteWarning, UsageError
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -167,7 +167,7 @@ def friendly_warnings(quiet: bool) -> Any:
     def redirected() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", module="halfbyte")
+            warnings.simplefilter("always", HalfbyteWarning)
             warnings.showwarning = lambda message, *_: say(quiet, f"warning: {message}")
             logging.getLogger("torch").setLevel(logging.ERROR)
             yield

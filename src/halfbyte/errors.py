@@ -23,6 +23,10 @@ class HalfbyteError(Exception):
     exit_code: int = 1
 
 
+class HalfbyteWarning(UserWarning):
+    """What a user should know before the result is there: it probably is not what was meant."""
+
+
 class UsageError(HalfbyteError):
     """An option or argument that makes no sense."""
 

@@ -31,7 +31,7 @@ from halfbyte.provenance import metadata, note_proof, note_weights
 from halfbyte.quantize import known_pixels, quantize
 from halfbyte.recipe import Recipe
 from halfbyte.settings import Settings, network_of, parse_ranges
-from halfbyte.shown import Shown
+from halfbyte.shown import Shown, scaled
 from halfbyte.sizes import sizes
 from halfbyte.store import CHECKPOINT, load, save, write_whole
 from halfbyte.targets import find
@@ -67,7 +67,7 @@ class Exported(Shown):
         s = self.summary
         layers, size = s["layers"], s["size"]
         integer, seconds = sum(row["integer"] for row in layers), sum(row["seconds"] for row in s["stages"])
-        sizes = f"{size['file_bytes'] / 1e6:.1f} MB instead of {size['float_bytes'] / 1e6:.1f}"
+        sizes = f"{scaled(size['file_bytes'], 'B')} instead of {scaled(size['float_bytes'], 'B')}"
         return [
             f"{self.output}/{MODEL}: {sizes}, {_verdict(s['parity'])}",
             f"{integer} of {len(layers)} layers in integers; {len(s['float_left'])} operations in float; {seconds:.0f} s",
@@ -207,7 +207,7 @@ def _size_notice(settings: Settings, made: QModel, target: Target) -> str:
         uniform=settings.uniform, overrides=settings.overrides,
     )  # fmt: skip
     found = sizes(placed, settings.container)
-    return f"weights {found.logical_bytes / 1e6:.3g} MB logical, about {found.file_bytes / 1e6:.3g} MB in the file"
+    return f"weights {scaled(found.logical_bytes, 'B')} logical, about {scaled(found.file_bytes, 'B')} in the file"
 
 
 def chosen_recipe(settings: Settings) -> Recipe:

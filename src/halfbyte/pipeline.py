@@ -13,7 +13,7 @@ from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
 from halfbyte.engines import here
-from halfbyte.errors import DataError, UsageError
+from halfbyte.errors import DataError, HalfbyteWarning, UsageError
 from halfbyte.grids import GridRule
 from halfbyte.mixed import Widths, widths
 from halfbyte.model import Inputs, LogEntry, QModel, Target, value_name
@@ -228,5 +228,5 @@ def implausible_inputs(m: QModel, batch: Inputs) -> list[LogEntry]:
     else:
         cause = "mean, std or the order of colours is probably not what the network was trained with"
     message = f"its input is unlike the training data (off by {float(shift):.1f} deviations, spread {float(ratio):.2g} times): {cause}"
-    warnings.warn(f"{value_name(first)}: {message}", stacklevel=2)
+    warnings.warn(f"{value_name(first)}: {message}", HalfbyteWarning, stacklevel=3)  # 2 is torch's decorator
     return [LogEntry("quantize", value_name(first), f"WARNING {message}")]

@@ -27,7 +27,7 @@ from halfbyte.quantize import Network, captured, widths_of
 from halfbyte.recipe import Recipe
 from halfbyte.run import run
 from halfbyte.settings import Settings, network_of
-from halfbyte.shown import Shown, aligned
+from halfbyte.shown import Shown, aligned, scaled
 from halfbyte.sizes import sizes
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
@@ -88,7 +88,7 @@ class Plan(Shown):
             + ", ".join(f"{n} in {w}" for w, n in counts.items())
             + f"; {len(self.float_left)} operations in float"
         )
-        sizes = [f"{n / 1e6:.2f} MB" for n in (self.float_bytes, self.logical_bytes, self.file_bytes)]
+        sizes = [scaled(n, "B") for n in (self.float_bytes, self.logical_bytes, self.file_bytes)]
         lines.append(f"weights {sizes[0]} in float, {sizes[1]} logical, file about {sizes[2]}")
         lines.append(
             f"about {self.memory_bytes / 2**30:.1f} GiB of memory and {_duration(self.seconds)}; nothing was run or written"

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize, quantize
 from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent, whole_biases
-from halfbyte.errors import DataError, StoreError, UsageError
+from halfbyte.errors import DataError, HalfbyteWarning, StoreError, UsageError
 from halfbyte.graph import bias_of, layers, macs, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
@@ -269,7 +269,7 @@ class _Clock:
         total = seconds * sum(macs(n) for n in self.waiting) / max(1, macs(layer))
         if total > _LONG:
             text = f"{self.solver.name}: about {total / 3600:.1f} hours for {len(self.waiting)} layers, by the first of them"
-            warnings.warn(f"{text}; --time-limit (time_limit=) shortens the iterations", stacklevel=2)
+            warnings.warn(f"{text}; --time-limit (time_limit=) shortens the iterations", HalfbyteWarning, stacklevel=2)
 
     def solver_for(self, p: Problem) -> LayerSolver:
         """The solver with as many iterations as its share of the time allows."""

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from halfbyte.errors import StoreError
+from halfbyte.shown import scaled
 
 __all__ = ["render", "write"]
 
@@ -108,16 +109,7 @@ def _or_infinite(number: Any) -> float:
 
 
 def _scaled(number: Any, unit: str = "") -> str:
-    """``number`` with a decimal prefix: 4.9 MB, 385 M."""
-    if not _known(number):
-        return _DASH
-    prefix = ""
-    for larger in ("k", "M", "G", "T", "P"):
-        if abs(number) < 999.5:
-            break
-        number, prefix = number / 1000, larger
-    digits = 0 if not prefix or abs(number) >= 99.95 else 1
-    return f"{number:.{digits}f} {prefix}{unit}".rstrip().replace("-", _MINUS)
+    return scaled(number, unit).replace("-", _MINUS) if _known(number) else _DASH
 
 
 def _number(number: Any, digits: int | None = None) -> str:

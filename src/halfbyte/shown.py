@@ -119,3 +119,14 @@ def _html(rows: Sequence[Sequence[str]], *, head: bool) -> str:
         tag = "th" if head and i == 0 else "td"
         lines.append("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def scaled(number: float, unit: str = "") -> str:
+    """``number`` with a decimal prefix: 4.9 MB, 385 M."""
+    prefix = ""
+    for larger in ("k", "M", "G", "T", "P"):
+        if abs(number) < 999.5:
+            break
+        number, prefix = number / 1000, larger
+    digits = 0 if not prefix or abs(number) >= 99.95 else 1
+    return f"{number:.{digits}f} {prefix}{unit}".rstrip()
