@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import halfbyte as hb
 from halfbyte.chains import pairs
 from halfbyte.errors import CaptureError
-from halfbyte.graph import extent, macs
+from halfbyte.graph import effort, extent, layers, macs
 from halfbyte.model import value_name
 from halfbyte.ops import Kind, base_name, kind
 
@@ -279,6 +279,17 @@ def test_large_constants_stay_what_makes_them() -> None:
     m = hb.capture(net, torch.randn(2, 3))
     assert all(t.numel() < 100 for t in m.params.values())
     same_outputs(net, m, torch.randn(3, 3))
+
+
+def test_the_effort_of_layers_of_few_products() -> None:
+    """A depthwise layer has few products for the numbers that it moves, as the first layer of an image network has."""
+    net = nn.Sequential(
+        nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+    )
+    depthwise, dense, pointwise = layers(hb.capture(net, torch.randn(2, 16, 8, 8)).graph)
+    assert macs(dense) == 16 * macs(depthwise) == 9 * macs(pointwise)
+    assert effort(dense) < 2 * effort(depthwise)
+    assert effort(pointwise) - macs(pointwise) == effort(dense) - macs(dense) == 100 * 2 * 16 * 8 * 8
 
 
 def test_sizes_that_depend_on_the_batch() -> None:

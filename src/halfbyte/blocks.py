@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
-from halfbyte.graph import extent, input_axis, layers, macs, output_values, per_sample
+from halfbyte.graph import effort, extent, input_axis, layers, output_values, per_sample
 from halfbyte.losses import noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
@@ -91,7 +91,7 @@ def refine(
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
     found = blocks_of(m, options.layers)
-    clock = Clock(time_limit, [sum(macs(n) for n in b) for b in found])
+    clock = Clock(time_limit, [sum(map(effort, b)) for b in found])
     weights = _importance(m, found, samples) if options.weighting == "gradient" else [None] * len(found)
     reference, quantized = _Stream(m, samples), _Stream(m, samples)
     with store.interruptible():

@@ -210,3 +210,14 @@ def macs(node: fx.Node) -> int:
     if what in (Kind.LINEAR, Kind.MATMUL):
         return per_sample(node.meta["shape"]) * int(node.args[0].meta["shape"][-1])  # type: ignore[union-attr]
     return 0
+
+
+_MOVED = (
+    100  # multiply-accumulates in the time that a number read or written takes while a layer learns, measured on CPUs
+)
+
+
+def effort(node: fx.Node) -> int:
+    """How long a layer takes to be learned, against others: products, and the numbers that it reads and writes."""
+    values = [n for n in (node, *node.all_input_nodes) if n.op != "get_attr" and is_tensor(n)]
+    return macs(node) + _MOVED * sum(per_sample(n.meta["shape"]) for n in values)

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from halfbyte.affine import Grid, fake_quantize, quantize
 from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent, whole_biases
 from halfbyte.errors import DataError, HalfbyteWarning, StoreError, UsageError
-from halfbyte.graph import bias_of, layers, macs, twin_of, weight_of
+from halfbyte.graph import bias_of, effort, layers, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, kind
@@ -266,7 +266,7 @@ class _Clock:
         if self.announced or not self.solver.iterations:
             return
         self.announced = True
-        total = seconds * sum(macs(n) for n in self.waiting) / max(1, macs(layer))
+        total = seconds * sum(map(effort, self.waiting)) / effort(layer)
         if total > _LONG:
             text = f"{self.solver.name}: about {total / 3600:.1f} hours for {len(self.waiting)} layers, by the first of them"
             warnings.warn(f"{text}; --time-limit (time_limit=) shortens the iterations", HalfbyteWarning, stacklevel=2)
@@ -280,7 +280,7 @@ class _Clock:
         start = time.perf_counter()
         _with_iterations(self.solver, _PROBE).solve(p)
         each = (time.perf_counter() - start) / _PROBE
-        work = sum(macs(n) for n in left) / max(1, macs(p.layer))
+        work = sum(map(effort, left)) / effort(p.layer)
         needed = each * work * self.solver.iterations
         share = (self.end - time.monotonic()) / max(needed, 1e-9)
         if share >= 1:
