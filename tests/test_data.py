@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from halfbyte.data import Labelled, Samples, calibration, check_inputs, example, labelled
 from halfbyte.errors import DataError, UsageError
@@ -237,6 +237,48 @@ def test_a_dataset_is_sampled_as_a_folder_is() -> None:
     assert [len(b[0]) for b in calib(data, batch=40)] == [40]
 
 
+class Columns:
+    """As a dataset of Hugging Face: rows of Python lists until a format is asked for, with columns that no network takes."""
+
+    def __init__(self, kind: str | None = None) -> None:
+        self.format = {"type": kind}
+
+    def with_format(self, kind: str) -> "Columns":
+        return Columns(kind)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row: list[int] = [i, i]
+        return {"x": torch.tensor(row) if self.format["type"] else row, "text": "words", "label": i // 20}
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+        return [self[i] for i in rows]
+
+
+class Stream(IterableDataset[Any]):
+    """The same as it comes."""
+
+    def __init__(self, held: Columns) -> None:
+        self.held, self.format = held, held.format
+
+    def with_format(self, kind: str) -> "Stream":
+        return Stream(self.held.with_format(kind))
+
+    def __iter__(self) -> Any:
+        return (self.held[i] for i in range(40))
+
+
+@pytest.mark.parametrize("data", [Columns(), Columns("custom"), Stream(Columns())])
+def test_a_dataset_of_columns(data: Any) -> None:
+    found = calib(data, samples=8)
+    assert sum(len(b[0]) for b in found) == 8
+    assert all(b[0].shape[1:] == (2,) and torch.equal(b[0][:, 0], b[0][:, 1]) for b in found)
+    assert sum((target for _, t in label(data) for target in t.tolist())) == 20
+    assert example(lambda x: x, data)["x"].shape == (2, 2)  # type: ignore[call-overload]
+
+
 def test_items_of_every_form() -> None:
     x, y = torch.ones(2, 3), np.zeros((2, 1), np.int64)
     for item in ((x, y), [x, y], {"y": y, "x": x, "target": 0}):
@@ -387,6 +429,7 @@ def test_fitting_batches_pass() -> None:
         (torch.ones(2, 3), PICTURES, "give 4 axes instead of 2"),
         (torch.ones(2, 3), ("x", [1, 3], torch.float32), "set --batch 1"),
         (torch.ones(2, 3), ("x", ["n", 4], torch.float32), "give 4 instead of 3 along axis 1"),
+        (torch.ones(2, 3, dtype=torch.int64), ("ids", ["n", 5], torch.int64), "pad or cut every sample to 5"),
         (torch.ones(2, 3), IDS, "'ids' of calibration batch 0 is float32 but the network takes int64: give the ids"),
         (torch.ones(2, 3, dtype=torch.int32), IDS, "is int32 but the network takes int64: convert the data to int64"),
         (torch.ones(2, 3, 224, 224, dtype=torch.uint8), PICTURES, "is uint8 .* apply the mean"),

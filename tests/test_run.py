@@ -105,3 +105,16 @@ def test_a_tensor_in_place_of_batches_is_one_sentence() -> None:
     with pytest.raises(UsageError, match="give a list of batches"):
         hb.reconstruct(m, [(x,), (x[0],)], hb.Descent())
     assert torch.equal(hb.predict(m, x)[0], hb.predict(m, (x,))[0])
+
+
+def test_inputs_in_any_form() -> None:
+    class Net(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a + 2 * b
+
+    one, two = torch.ones(2, 3), torch.full((2, 3), 5.0)
+    m = hb.capture(Net(), (one, two))
+    for given in ((one, two), [one, two], {"b": two, "a": one, "label": one}):
+        assert torch.equal(hb.predict(m, given)[0], torch.full((2, 3), 11.0))
+    with pytest.raises(UsageError, match="the network takes a, b, and b was not given"):
+        hb.predict(m, {"a": one})

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from halfbyte.batches import (
     LABELS,
@@ -29,7 +29,7 @@ from halfbyte.batches import (
     picked,
 )
 from halfbyte.errors import CaptureError, DataError, HalfbyteError, UsageError
-from halfbyte.loading import Batch, Pass, items, load_callable, stream
+from halfbyte.loading import Batch, Pass, dataset_of, items, load_callable, stream
 from halfbyte.opening import SCRIPTED
 from halfbyte.pictures import Rows, class_indices, fits, layout_hint, reader
 from halfbyte.preprocess import Preprocess, find_pictures
@@ -99,11 +99,12 @@ def calibration(
 
     Of a folder of pictures (searched recursively; ``preprocess`` applies to these only), an .npy or .npz file, a
     tensor, an array or a mapping of arrays, ``seed`` chooses without replacement and the order is kept; batches hold
-    ``batch`` samples; so it does of a ``torch.utils.data.Dataset``, which gives samples one by one. Of "file.py:function",
-    "package.module:function" or an iterable of batches (tensor, array, tuple, list, or mapping by input name), the first samples
-    are taken in the batches they come in. A target beside the inputs is left alone. A one-shot iterator is kept in memory;
-    anything else is started again for each pass and must then give the same batches (a DataLoader that shuffles does).
-    float64, float16 and bfloat16 become float32, other types stay. Raises DataError, also while iterating, or UsageError.
+    ``batch`` samples; so it does of a ``torch.utils.data.Dataset`` and of one of Hugging Face, which give samples one by one. Of
+    "file.py:function", "package.module:function" or an iterable of batches (tensor, array, tuple, list, or mapping by input
+    name), the first samples are taken in the batches they come in. A target beside the inputs is left alone. A one-shot
+    iterator is kept in memory; anything else is started again for each pass and must then give the same batches (a DataLoader
+    that shuffles does). float64, float16 and bfloat16 become float32, other types stay. Raises DataError, also while iterating,
+    or UsageError.
     """
     _positive(samples=samples, batch=batch)
     found, names = _locate(source), tuple(input_names)
@@ -129,12 +130,13 @@ def calibration(
 def _subset(
     source: object, choose: Callable[[int], Rows], batch: int, name: str, told: str
 ) -> tuple[object, str, int | None]:
-    """Of a dataset of torch the chosen samples in batches, what they are called, and how many they are; anything else as it is."""
-    if not (isinstance(source, Dataset) and isinstance(source, Sized)):
+    """Of a dataset the chosen samples in batches, what they are called, and how many they are; anything else as it is."""
+    dataset = dataset_of(source)
+    if not isinstance(dataset, Sized):
         return source, told, None
-    rows = choose(len(source))
-    batches: DataLoader[Any] = DataLoader(Subset(source, rows.tolist()), batch_size=batch)
-    return batches, f"{len(rows)} of {len(source)} samples of {name}", len(rows)
+    rows = choose(len(dataset))
+    batches: DataLoader[Any] = DataLoader(Subset(dataset, rows.tolist()), batch_size=batch)  # type: ignore[arg-type]
+    return batches, f"{len(rows)} of {len(dataset)} samples of {name}", len(rows)
 
 
 def _chosen(total: int, samples: int, seed: int) -> Rows:
@@ -257,6 +259,9 @@ def check_inputs(batch: Batch, expected: Sequence[tuple[str, Sequence[int | str]
         if not fits(tensor.shape, shape):
             takes = ", ".join(str(d) for d in shape)
             hint = _shape_hint(list(tensor.shape), list(shape))
+            tokens = not tensor.is_floating_point() and len(shape) == tensor.ndim == 2
+            if tokens and not fits(tensor.shape[1:], shape[1:]):
+                hint = f"pad or cut every sample to {shape[1]}, as the network was captured"
             raise DataError(
                 f"input {name!r} of {where} has shape {list(tensor.shape)} but the network takes [{takes}]: {hint}"
             )

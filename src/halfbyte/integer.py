@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from halfbyte.engine import fuses_additions, multiply_add
 from halfbyte.lower import lower
-from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
+from halfbyte.model import Example, Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.ops import (
     CLIP_CODES,
     CONV,
@@ -27,7 +27,7 @@ from halfbyte.ops import (
     aten,
     kind,
 )
-from halfbyte.run import evaluate_plainly, in_batches, keep, run
+from halfbyte.run import evaluate_plainly, given_in_order, in_batches, keep, run
 from halfbyte.sums import conv_sums, matmul_sums
 
 
@@ -84,13 +84,13 @@ def run_integer(low: QModel, x: Inputs, tap: Tap = keep, *, read: Tap = keep) ->
         return tuple(_real(v) for v in run(low, x, evaluate=_evaluator(tap, arithmetic, read)))
 
 
-def predict(m: QModel, x: Inputs | Tensor) -> Outputs:
+def predict(m: QModel, x: Example) -> Outputs:
     """What a calibrated model's exported file computes, to the last bit for integer kernels; a float model as it is.
 
-    x: a tensor for each input, or that of a single input.
-    Every call lowers the model: to run many batches, call :func:`lower` once and :func:`run_integer` for each.
+    x: a tensor for each input, in order or by name, or that of a single input. Every call lowers the model: to run many batches,
+    call :func:`lower` once and :func:`run_integer` for each.
     """
-    x = (x,) if isinstance(x, Tensor) else x
+    x = given_in_order(m, x)
     if not m.grids:
         with torch.inference_mode():
             return in_batches(m, x, lambda some: run(m, some))

@@ -116,10 +116,21 @@ def items(source: Any, name: str) -> Iterator[object]:
         raise DataError(f"{name} fails with {blame(error, code.co_filename if code else None)}") from error
 
 
+def dataset_of(source: Any) -> Any:
+    """A dataset, which gives single samples, those of Hugging Face as tensors; None for anything else."""
+    by_columns = hasattr(source, "with_format")
+    many = hasattr(source, "__getitems__") or (isinstance(source, Dataset) and not isinstance(source, IterableDataset))
+    if not (many or by_columns):
+        return None
+    plain = by_columns and (getattr(source, "format", None) or {}).get("type") is None
+    return source.with_format("torch") if plain else source
+
+
 def _started(source: Any) -> Iterable[object]:
-    """The batches of a source; a dataset gives single samples."""
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        source = DataLoader(source, batch_size=_AT_ONCE)
+    """The batches of a source."""
+    dataset = dataset_of(source)
+    if dataset is not None:
+        source = DataLoader(dataset, batch_size=_AT_ONCE)
     return _seeded(source) if isinstance(source, DataLoader) else source
 
 

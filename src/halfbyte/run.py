@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from halfbyte.affine import fake_quantize
 from halfbyte.errors import UsageError
 from halfbyte.graph import extent, output_values
-from halfbyte.model import Inputs, Outputs, Params, QModel, Tap, value_name
+from halfbyte.model import Example, Inputs, Outputs, Params, QModel, Tap, value_name
 from halfbyte.ops import CLAMP_CHANNELS, is_tensor
 
 Evaluate = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -177,6 +177,17 @@ def steps(
         yield node
         for dead in freed.get(node, ()):
             del env[dead]
+
+
+def given_in_order(m: QModel, x: Example) -> Inputs:
+    """A tensor for each input, from such in order or by name, or from that of a single input. Raises :class:`UsageError`."""
+    if isinstance(x, Mapping):
+        names = [str(n.target) for n in m.inputs]
+        missing = [n for n in names if n not in x]
+        if missing:
+            raise UsageError(f"the network takes {', '.join(names)}, and {', '.join(missing)} was not given")
+        return tuple(x[n] for n in names)
+    return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
 def check_given(m: QModel, x: Inputs) -> None:
