@@ -15,15 +15,12 @@ from halfbyte.graph import output_values
 from halfbyte.integer import FLOAT_WRITERS, run_integer, run_simulated, runs_in_integers
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
-from halfbyte.prove import exposed, seen_name
+from halfbyte.prove import FLOAT_TOLERANCE, exposed, seen_name
 from halfbyte.run import filled, fixed_batch
 from halfbyte.sessions import PROVIDER
 from halfbyte.shown import Shown
 
-# All values of this many samples are held at once.
-_BATCH = 4
-# Outputs that float operations compute may differ by the rounding of their sums, relative to the largest value.
-_FLOAT_TOLERANCE = 1e-4
+_BATCH = 4  # samples of which all values are held at once
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain, instrumented = engine.session(data), engine.session(exposed(data, names))
     kernels, floats = engine.kernels(engine.optimized_graph(data))
     count, written = _Count(), integer_written(low)
-    batches = at_once(low, plain, samples, _BATCH)
+    batches = at_once(low, plain, samples)
     agreed, farthest, total = 0, 0.0, sum(len(batch[0]) for batch in batches)
     for batch in batches:
         outputs = engine.infer(plain, batch)
@@ -173,14 +170,14 @@ def compare(low: QModel, path: Path, samples: Inputs) -> Parity:
     )
 
 
-def at_once(low: QModel, file: Any, samples: Inputs, most: int) -> list[Inputs]:
+def at_once(low: QModel, file: Any, samples: Inputs) -> list[Inputs]:
     """The samples in portions for a file's session: as many as it takes where it fixes the batch, some of them again in the last.
 
     No more even where it could be run several times: not every value has its samples along the first dimension.
     """
     fixed = engine.fixed_batch(file) if low.dynamic else fixed_batch(low)
     samples = filled(samples, fixed or 1)
-    step = fixed or (most if low.dynamic else len(samples[0]))
+    step = fixed or (_BATCH if low.dynamic else len(samples[0]))
     return [tuple(t[i : i + step] for t in samples) for i in range(0, len(samples[0]), step)]
 
 
@@ -236,7 +233,7 @@ def _compare_outputs(count: _Count, low: QModel, expected: tuple[Tensor, ...], g
         distance = (x.double() - y.double()).abs()
         count.output = max(count.output, float(distance.max())) if x.numel() else count.output
         exact = from_integers(node)
-        tolerance = 0.0 if exact else _FLOAT_TOLERANCE * float(y.double().abs().max().clamp(min=1e-6))
+        tolerance = 0.0 if exact else FLOAT_TOLERANCE * float(y.double().abs().max().clamp(min=1e-6))
         wrong = distance > tolerance
         if exact and node.target is not DEQUANTIZE:  # whose codes are compared as a value
             count.integer.add(name)

@@ -22,9 +22,8 @@ from halfbyte.integer import run_integer
 from halfbyte.model import Inputs, QModel
 from halfbyte.ops import DEQUANTIZE, QUANTIZE
 from halfbyte.parity import Difference, Parity, at_once, same_decisions
+from halfbyte.prove import FLOAT_TOLERANCE
 
-_BATCH = 4
-_FLOAT_TOLERANCE = 1e-4
 # A tie is rare: a larger share of elements one step away is another arithmetic, not rounding.
 _LARGEST_SHARE = 0.01
 # Where the values could only be seen in a copy that rounds differently, the file itself must still decide as the simulation does.
@@ -81,7 +80,7 @@ def compare_openvino(low: QModel, path: Path, samples: Inputs) -> Parity:
     plain = engine_openvino.session(data)
     exposed, names = _expose(data, {*readable(low), *_written(low)})
     instrumented = engine_openvino.session(exposed)
-    batches = at_once(low, plain, samples, _BATCH)
+    batches = at_once(low, plain, samples)
     seen, agreed, farthest, alike, total = _Seen(), 0, 0.0, True, sum(len(batch[0]) for batch in batches)
     for batch in batches:
         outputs = [torch.from_numpy(a) for a in engine.infer(plain, batch)]
@@ -166,7 +165,7 @@ def _compare_outputs(seen: _Seen, low: QModel, expected: tuple[Tensor, ...], got
             continue
         distance = (x.double() - y.double()).abs().nan_to_num(nan=float("inf"))
         seen.output = max(seen.output, float(distance.max())) if x.numel() else seen.output
-        tolerance = _FLOAT_TOLERANCE * float(x.double().abs().max().clamp(min=1e-6))
+        tolerance = FLOAT_TOLERANCE * float(x.double().abs().max().clamp(min=1e-6))
         if node.target is not DEQUANTIZE and bool((distance > tolerance).any()) and seen.wrong is None:
             at = int(distance.flatten().argmax())
             count = int((distance > tolerance).sum())
