@@ -8,7 +8,7 @@ be left unrounded while a block is fitted (QDrop, arXiv 2203.05740).
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import effort, extent, input_axis, layers, output_values, per_sample
-from halfbyte.losses import noise_of
+from halfbyte.losses import judged, noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
@@ -78,6 +78,7 @@ def refine(
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
     require_free_batch(m)
+    given, m = m, judged(m)
     for node in output_values(m.graph):
         if not _divisible(node):
             text = f"output '{value_name(node)}' of shape {list(node.meta['shape'])} is not one of separate samples, which blocks need"
@@ -106,7 +107,7 @@ def refine(
             clock.done()
             quantized.advanced(m, nodes, rounded=True)
             progress("blocks", i + 1, len(found))
-    return m
+    return replace(m, graph=given.graph, outputs=given.outputs)
 
 
 def require_free_batch(m: QModel) -> None:

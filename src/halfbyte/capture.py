@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -205,7 +205,7 @@ def _exported(net: nn.Module, given: _Given, **options: Any) -> ExportedProgram:
 def _outputs(net: nn.Module, given: _Given) -> list[Any]:
     """What the network puts out, without its structure. Raises :class:`CaptureError` where it does not run on the example."""
     try:
-        return pytree.tree_leaves(given.called(net))
+        return [y for y in pytree.tree_leaves(given.called(net)) if y is not None]
     except Exception as error:
         shapes = " and ".join(f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for t in given.tensors)
         raise CaptureError(
@@ -265,17 +265,18 @@ def _from_program(program: ExportedProgram) -> QModel:
             )
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-    user_outputs = [s.arg for s in signature.output_specs]
-    fixed = [a for a in user_outputs if not hasattr(a, "name") or type(a).__name__ != "TensorArgument"]
-    if fixed:
+    every = [s.arg for s in signature.output_specs]
+    kept = [i for i, a in enumerate(every) if not (isinstance(a, ConstantArgument) and a.value is None)]
+    outputs = [a for i in kept if isinstance(a := every[i], TensorArgument)]
+    if len(outputs) < len(kept) or not outputs:
         raise CaptureError("the network returns something that is not a tensor: return tensors only")
     by_name = {n.name: n for n in copied}
-    graph.output(tuple(copied[by_name[a.name]] for a in user_outputs))
+    graph.output(tuple(copied[by_name[a.name]] for a in outputs))
     _name_values(graph, {new: old for old, new in copied.items()})
     drop_dead(graph)
     dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    names = _output_names(program, len(user_outputs))
+    names = tuple(name for i, name in enumerate(_output_names(program, len(every))) if i in kept)
     compared = [*((f"output '{name}'", n) for name, n in zip(names, output_values(graph), strict=True)),
                 *((f"layer '{value_name(n)}'", n) for n in layers(graph))]  # fmt: skip
     for what, node in compared:

@@ -1,18 +1,45 @@
 """How far a quantized network's outputs are from the float network's, without labels."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from halfbyte.graph import output_values
-from halfbyte.model import Inputs, Outputs, QModel
+from halfbyte.graph import by_value, drop_dead, is_real, output_node, output_values
+from halfbyte.model import Inputs, Outputs, QModel, editable, value_name
 from halfbyte.ops import is_tensor
 from halfbyte.run import portions, run, simulate
 
 Loss = Literal["error", "divergence"]
 _SMALLEST = 1e-30
+
+
+def judged(m: QModel) -> QModel:
+    """The model to compare with others: of outputs that are all indices or truth values, what these are picked from.
+
+    Anything but its graph and its outputs is the model's, and holds for both.
+    """
+    outputs = output_values(m.graph)
+    if any(map(is_real, outputs)):
+        return m
+    found: dict[fx.Node, None] = {}
+    behind = list(outputs)
+    while behind:
+        node = behind.pop(0)
+        if is_real(node) and node.op != "get_attr":
+            found[node] = None
+        else:
+            behind += node.all_input_nodes
+    if not found:
+        return m
+    graph = editable(m.graph)
+    named = by_value(graph)
+    names = tuple(map(value_name, found))
+    output_node(graph).args = (tuple(named[name] for name in names),)
+    drop_dead(graph)
+    return replace(m, graph=graph, outputs=names)
 
 
 @torch.no_grad()
@@ -21,6 +48,7 @@ def noise_to_signal(m: QModel, data: Iterable[Inputs], reference: QModel) -> flo
 
     Outputs that are no real numbers, such as indices of classes, do not count.
     """
+    m, reference = judged(m), judged(reference)
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
     tap = simulate(m)

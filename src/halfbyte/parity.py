@@ -251,7 +251,9 @@ def from_integers(node: fx.Node) -> bool:
 
 
 def same_decisions(a: Tensor, b: Tensor) -> int:
-    """Samples whose largest output is at the same place in both."""
+    """Samples whose largest output is at the same place in both; of indices and truth values, that are the same."""
     if a.ndim < 2:
         return int((a == b).sum()) if a.ndim == 1 else len(a) if a.ndim else 1
+    if not a.is_floating_point():
+        return int((a == b).flatten(1).all(1).sum())
     return int((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).sum())

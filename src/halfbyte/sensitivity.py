@@ -19,6 +19,7 @@ from halfbyte.affine import fake_quantize
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
+from halfbyte.losses import judged
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
 from halfbyte.reconstruct import HELD_OUT, unseen_first
@@ -77,6 +78,7 @@ def sensitivity(
     runs again, so a unit costs half a pass on average. Raises :class:`UsageError` for candidates of different graphs,
     :class:`DataError` without data.
     """
+    candidates = {widths: judged(m) for widths, m in candidates.items()}
     u = units(candidates)
     portions = _portions(candidates[max(candidates)], data, samples, labelled=metric == "loss")
     if metric in ("noise", "second-order"):
@@ -94,6 +96,7 @@ def sensitivity(
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
+    m = judged(m)
     return _mean(_whole(m, _portions(m, data, samples, labelled=metric == "loss"), _judge(m, metric)))
 
 
@@ -161,11 +164,12 @@ def _cross_entropy(_: Outputs, outputs: Outputs, labels: Tensor | None) -> Tenso
 
 
 def _noise(reference: Outputs, outputs: Outputs, _: Tensor | None) -> Tensor:
-    """Each output weighs as much as the others: of noise and signal, mean over outputs."""
+    """Each output of real numbers weighs as much as the others: of noise and signal, mean over outputs."""
     ratio = torch.stack(
         [
             (a - b).double().square().sum() / (a - a.mean()).double().square().sum().clamp(min=1e-30)
             for a, b in zip(reference, outputs, strict=True)
+            if a.is_floating_point()
         ]
     ).mean()
     count = len(reference[0])

@@ -7,6 +7,7 @@ With biases alone this is the bias tuning of CalibTIP (arXiv 2006.10518), with s
 import math
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from halfbyte.blocks import blocks_of, end_of
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import is_real, macs, output_values
-from halfbyte.losses import Loss, classifies, divergence, noise_of, relative_error
+from halfbyte.losses import Loss, classifies, divergence, judged, noise_of, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
 from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend, execute
@@ -65,6 +66,7 @@ def tune(
     the tuning with the best model so far in the folder, which the next run takes. Raises :class:`UsageError` for a model
     without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
+    given, m = m, judged(m)
     _check(m, learn, loss, iterations, batch)
     fixed, batch = fixed_batch(m), whole(m, batch)
     fit, held = split(data, unit=fixed)
@@ -96,6 +98,7 @@ def tune(
             steps=iterations, batch=batch, warmup=_WARMUP, checks=_CHECKS, tick=tick,
         )  # fmt: skip
         better = part.written(found.state) if found.after < found.before else m
+        better = replace(better, graph=given.graph, outputs=given.outputs)
         m = better.logged(_entry(learn, judge, found, iterations))
         _keep(m, kept, store.identity)
     return m

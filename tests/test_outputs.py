@@ -1,0 +1,112 @@
+"""Outputs of every kind: indices, truth values, nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import halfbyte as hb
+from halfbyte.losses import judged, noise_to_signal
+from halfbyte.model import value_name
+from halfbyte.parity import same_decisions
+
+
+class Labels(nn.Module):
+    """A segmenter as it is deployed: it puts out the class of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 1)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.scores(x).argmax(1)
+
+
+class Both(Labels):
+    def forward(self, x: Tensor) -> Any:
+        y = self.scores(x)
+        return y, y.argmax(1)
+
+
+def pictures() -> Tensor:
+    return torch.randn(40, 3, 10, 10, generator=torch.Generator().manual_seed(2))
+
+
+def network(kind: type[Labels]) -> hb.QModel:
+    torch.manual_seed(0)
+    return hb.capture(kind(), pictures()[:2])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "8 bits": {},
+    "blocks": {"bits": "W4A4", "rounding": "blocks", "iterations": 10},
+    "calibtip-light": {"bits": "W4A4", "recipe": "calibtip-light"},
+    "calibtip-advanced": {"bits": "W4A4", "recipe": "calibtip-advanced"},
+    "omse": {"bits": "W4A4", "recipe": "omse"},
+    "budget": {"weight_bits": (4, 8), "budget": "size=90%"},
+}
+
+
+@pytest.mark.parametrize("kind", [Labels, Both])
+@pytest.mark.parametrize("way", WAYS)
+def test_indices_are_judged_by_what_they_are_picked_from(kind: type[Labels], way: str, tmp_path: Path) -> None:
+    m = hb.quantize(network(kind), pictures(), **WAYS[way])
+    assert m.outputs == network(kind).outputs
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+    tuned = [e for e in m.log if e.stage in ("blocks", "tune") and "before" in e.figures]
+    assert all(0 < e.figures["before"] < 1 for e in tuned)
+    assert tuned or way in ("8 bits", "calibtip-light", "budget")
+
+
+def test_the_model_to_compare() -> None:
+    m, both = network(Labels), network(Both)
+    assert judged(both) is both
+    assert judged(m).outputs == ("last",)
+    assert torch.equal(hb.run(judged(m), (pictures(),))[0], hb.run(both, (pictures(),))[0])
+    assert "argmax" in {value_name(n).split(":")[-1] for n in m.graph.nodes if "value" in n.meta}  # as it was
+    q = hb.quantize(m, pictures(), bits="W4A4")
+    assert noise_to_signal(q, [(pictures(),)], m) == pytest.approx(
+        noise_to_signal(judged(q), [(pictures(),)], judged(m))
+    )
+
+
+def test_outputs_of_nothing_are_left_out() -> None:
+    class Net(nn.Module):
+        def __init__(self, kind: Any) -> None:
+            super().__init__()
+            self.layer, self.kind = nn.Linear(4, 2), kind
+
+        def forward(self, x: Tensor) -> Any:
+            return self.kind(self.layer(x))
+
+    x = torch.randn(8, 4)
+    m = hb.capture(Net(lambda y: {"logits": y, "loss": None, "top": y.argmax(1)}), x)
+    assert m.outputs == ("logits", "top")
+    assert hb.capture(Net(lambda y: (None, y)), x).outputs == ("output_1",)
+    with pytest.raises(hb.UsageError, match="not a tensor"):
+        hb.capture(Net(lambda y: None), x)
+    with pytest.raises(hb.UsageError, match="not a tensor"):
+        hb.capture(Net(lambda y: (y, 3)), x)
+
+
+def test_truth_values(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    class Above(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) > 0
+
+    m = hb.quantize(Above(), torch.randn(32, 4))
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+    yes, no = torch.tensor([[True, False], [True, True]]), torch.tensor([[True, False], [True, False]])
+    assert same_decisions(yes, no) == 1
+    assert same_decisions(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[2, 1], [0, 2]])) == 1
