@@ -55,8 +55,9 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
     for y in outputs:
         z = torch.randn(y.shape, generator=generator).to(y.device)
         z = z - z.mean(1, keepdim=True) if y.ndim == 2 and y.shape[1] > 1 else z
-        each = math.sqrt(max(1, y.numel() // max(1, len(y))) * len(outputs))
-        total = total + (y * z).sum() / (each * y.detach().std().clamp(min=1e-12))
+        each = math.sqrt(max(1, y.numel() // max(1, len(y) if y.ndim else 1)) * len(outputs))
+        spread = y.detach().std() if y.numel() > 1 else y.detach().abs()  # of a single number nothing tells a spread
+        total = total + (y * z).sum() / (each * spread.clamp(min=1e-12))
     return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
 
 

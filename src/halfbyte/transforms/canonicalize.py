@@ -5,6 +5,7 @@ Nothing is decomposed: attention stays three nodes, a layer norm one.
 """
 
 import math
+import operator
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -125,6 +126,43 @@ def any_reshape(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: lis
     return True
 
 
+def copied_over(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """What is written over a part of a tensor, as ``y[:, :4] = x`` does, is the written value in that part's shape."""
+    if base_name(node) != "copy" or not is_tensor(node) or not is_tensor(node.args[1]):  # type: ignore[arg-type]
+        return False
+    source: Any = node.args[1]
+    shape, given = node.meta["shape"], source.meta["shape"]
+    if source.meta["dtype"] != node.meta["dtype"]:
+        return False
+    if given == shape:
+        replace_uses(node, source)
+        return True
+    added = len(shape) - len(given)
+    sizes = [-1 if i >= added and given[i - added] == d else d for i, d in enumerate(shape)]
+    if not all(isinstance(d, int) for d in sizes):
+        return False
+    _rewrite(graph, node, aten.expand.default, (source, sizes))
+    return True
+
+
+def even_maximum(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """The values of an adaptive maximum whose windows are all of one size -> a maximum over such windows."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return False
+    pool: Any = node.args[0]
+    pooling = {f"adaptive_max_pool{d}d": (d, f) for d, f in enumerate(_MAXIMA, 1)}
+    if pool.op != "call_function" or base_name(pool) not in pooling:
+        return False
+    rank, target = pooling[base_name(pool)]
+    given = pool.args[0].meta["shape"][-rank:]
+    wanted = _integers(pool.args[1], rank)
+    if not all(isinstance(d, int) and d % n == 0 for d, n in zip(given, wanted, strict=True)):
+        return False
+    windows = [d // n for d, n in zip(given, wanted, strict=True)]
+    _rewrite(graph, node, target, (pool.args[0], windows, windows))
+    return True
+
+
 def explicit_convolution(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """conv1d, conv2d, conv3d and their ``padding='same'`` forms -> ``halfbyte::conv`` with begin and end pads."""
     rank = _RANK.get(base_name(node))
@@ -241,6 +279,7 @@ def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any
     return True
 
 
+_MAXIMA = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _NEVER = -1e30  # of its exponential nothing is left, in float32
 
 
@@ -311,7 +350,9 @@ def split_attention(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log:
 Rule = Callable[[fx.Graph, fx.Node, dict[str, Any], list[LogEntry]], bool]
 _RULES: tuple[Rule, ...] = (
     drop_identity,
+    copied_over,
     any_reshape,
+    even_maximum,
     explicit_convolution,
     explicit_transposed,
     count_inside,
