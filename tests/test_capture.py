@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,6 +280,30 @@ def test_large_constants_stay_what_makes_them() -> None:
     m = hb.capture(net, torch.randn(2, 3))
     assert all(t.numel() < 100 for t in m.params.values())
     same_outputs(net, m, torch.randn(3, 3))
+
+
+def written_over(s: Any, x: Tensor) -> Tensor:
+    y = s.a(x)
+    z = torch.zeros_like(y)
+    z[:, :4] = y[:, 4:]
+    z[:, 4:, :, 0] = y.mean((2, 3))[:, :4, None]
+    return torch.relu(z)
+
+
+def summits(s: Any, x: Tensor) -> Tensor:
+    return F.adaptive_max_pool2d(s.a(x), (3, 2)).flatten(1) + F.adaptive_max_pool2d(s.a(x), 1).mean((2, 3))
+
+
+@pytest.mark.parametrize(("function", "gone"), [(written_over, "copy"), (summits, "adaptive_max_pool2d")])
+def test_what_engines_do_not_know_is_written_otherwise(function: Any, gone: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Function(function, a=nn.Conv2d(3, 8, 3, padding=1)), torch.randn(24, 3, 6, 6)
+    m = hb.capture(net, x[:2])
+    assert gone not in {base_name(n) for n in m.graph.nodes if n.op == "call_function"}
+    torch.testing.assert_close(hb.run(m, (x,))[0], net(x))
+    for target in ("onnxruntime", "openvino" if function is summits else "onnxruntime"):
+        q = hb.quantize(m, x, target=target)
+        assert "no difference" in str(hb.export_onnx(q, tmp_path / f"{target}.onnx"))
 
 
 def test_the_effort_of_layers_of_few_products() -> None:

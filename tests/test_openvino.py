@@ -205,6 +205,23 @@ def test_a_vision_transformer_with_several_samples(tmp_path: Path, way: str, bat
     onnx.checker.check_model(onnx.load(str(tmp_path / "net.onnx")), full_check=True)
 
 
+class Samples(nn.Module):
+    """Looks at its values at one place for each sample, of which the network makes a tensor of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.grid_sample(self.conv(x), torch.zeros(x.shape[0], 2, 2, 2), align_corners=False)
+
+
+def test_zeros_for_each_sample(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = hb.quantize(Samples(), torch.randn(24, 3, 8, 8), target="openvino")
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+
+
 @needs_openvino
 def test_what_is_not_proven_with_a_free_batch_size_says_what_to_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

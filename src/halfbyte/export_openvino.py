@@ -46,7 +46,8 @@ def _repeat_by_index(model: ir.Model) -> None:
     """
     for node in [n for n in model.graph if n.op_type == "Expand"]:
         constant, repeated = node.inputs[0], node.outputs[0]
-        if constant is None or not constant.is_initializer() or not _for_each_sample(constant.shape, repeated.shape):
+        held = None if constant is None else ir.convenience.get_const_tensor(constant)
+        if constant is None or held is None or not _for_each_sample(held.shape, repeated.shape):
             continue
         first, name = model.graph.inputs[0], str(repeated.name)
         rank = 1 if first.shape is None else len(first.shape)
@@ -58,7 +59,7 @@ def _repeat_by_index(model: ir.Model) -> None:
             number = inserted(model, node, "Reshape", [number, numbers(model, f"{name}:flat", [-1])], f"{name}:number")
         number = inserted(model, node, "Cast", [number], f"{name}:integer", {"to": ir.DataType.INT64})
         index = inserted(model, node, "Mul", [number, numbers(model, f"{name}:zero", [0])], f"{name}:index")
-        table = _widened(model, constant, repeated)
+        table = _row(model, constant, held, repeated)
         rows = inserted(model, node, "Gather", [table, index], f"{name}:rows", {"axis": 0})
         rows.shape, rows.dtype = repeated.shape, repeated.dtype
         for user, at in list(repeated.uses()):
@@ -66,24 +67,26 @@ def _repeat_by_index(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _widened(model: ir.Model, constant: ir.Value, repeated: ir.Value) -> ir.Value:
-    """One row of what is repeated, where a mask of a single number, say, becomes one for all positions."""
-    sizes = [d for d in list(repeated.shape or ())[1:] if isinstance(d, int)]
-    if constant.const_value is None or list(constant.shape or ())[1:] == sizes:
+def _row(model: ir.Model, constant: ir.Value, held: ir.TensorProtocol, repeated: ir.Value) -> ir.Value:
+    """One row of what is repeated; a mask of a single number, say, is one for all positions."""
+    sizes = [1, *(d for d in list(repeated.shape or ())[1:] if isinstance(d, int))]
+    if list(held.shape) == sizes:
         return constant
-    row = ir.Tensor(np.ascontiguousarray(np.broadcast_to(constant.const_value.numpy(), (1, *sizes))))
-    wide = ir.Value(name=f"{repeated.name}:row", const_value=row, type=constant.type, shape=ir.Shape((1, *sizes)))
-    model.graph.initializers.add(wide)
-    return wide
+    row = ir.Tensor(np.ascontiguousarray(np.broadcast_to(held.numpy(), sizes)))
+    value = ir.Value(
+        name=f"{repeated.name}:row", const_value=row, type=ir.TensorType(held.dtype), shape=ir.Shape(sizes)
+    )
+    model.graph.initializers.add(value)
+    return value
 
 
-def _for_each_sample(before: ir.Shape | None, after: ir.Shape | None) -> bool:
-    """One row becomes as many as there are samples; what each is of is known."""
-    if before is None or after is None or len(before) != len(after) or not len(before):
+def _for_each_sample(before: ir.Shape, after: ir.Shape | None) -> bool:
+    """One row, or what has no dimension of samples, becomes as many as there are samples; what each is of is known."""
+    if after is None or not len(after) or len(before) > len(after) or (len(before) == len(after) and before[0] != 1):
         return False
     sizes = [d for d in list(after)[1:] if isinstance(d, int)]
     known = len(sizes) == len(after) - 1 and math.prod(sizes) <= _MOST_REPEATED
-    return before[0] == 1 and not isinstance(after[0], int) and known
+    return not isinstance(after[0], int) and known
 
 
 def _pool_tokens(model: ir.Model) -> None:
