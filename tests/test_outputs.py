@@ -110,3 +110,30 @@ def test_truth_values(tmp_path: Path) -> None:
     yes, no = torch.tensor([[True, False], [True, True]]), torch.tensor([[True, False], [True, False]])
     assert same_decisions(yes, no) == 1
     assert same_decisions(torch.tensor([[3, 1], [0, 2]]), torch.tensor([[2, 1], [0, 2]])) == 1
+
+
+class Steps(nn.Module):
+    """Operations whose exported form, or whose gradients, are special."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.last, self.way = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.layer(x))
+        if self.way == "buckets":  # counted by a maximum of one operand
+            return self.last(y * torch.bucketize(x.mean(1, keepdim=True)[..., 1:-1, 1:-1], torch.tensor([0.0, 0.5])))
+        return self.last(y) // 0.25 if self.way == "floors" else self.last(y).mean()
+
+
+@pytest.mark.parametrize("way", ["buckets", "floors", "one number"])
+@pytest.mark.parametrize("bits", ["W8A8", "W4A4"])
+def test_networks_of_special_operations_are_proven(way: str, bits: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = hb.quantize(Steps(way), pictures(), bits=bits)
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+
+
+def test_what_has_no_gradients_is_not_learned() -> None:
+    with pytest.raises(hb.UsageError, match=r"no gradients here .*floor_divide.*choose what needs none"):
+        hb.quantize(Steps("floors"), pictures(), bits="W4A4", rounding="blocks", iterations=5)

@@ -58,7 +58,12 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
         each = math.sqrt(max(1, y.numel() // max(1, len(y) if y.ndim else 1)) * len(outputs))
         spread = y.detach().std() if y.numel() > 1 else y.detach().abs()  # of a single number nothing tells a spread
         total = total + (y * z).sum() / (each * spread.clamp(min=1e-12))
-    return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
+    try:
+        return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):  # torch has no derivative of some operation: nothing is known
+            raise
+        return (None,) * len(values)
 
 
 def judged(

@@ -307,10 +307,15 @@ def _infer_free_size(model: ir.Model) -> None:
         node.replace_input_with(1, inserted(model, node, "Constant", [], f"{node.outputs[0].name}:sizes", known))
 
 
+def _limits(model: ir.Model, *kinds: str) -> list[ir.Node]:
+    """Operations on a value and a limit; they may have more operands, or one."""
+    return [n for n in model.graph if n.op_type in kinds and len(n.inputs) == 2]
+
+
 def _drop_idle_limits(model: ir.Model) -> None:
     """A lower limit of codes that their type sets anyway costs a pass over them, and no engine sees that it does nothing."""
-    for node in list(model.graph):
-        limit = node.inputs[1] if node.op_type == "Max" else None
+    for node in _limits(model, "Max"):
+        limit = node.inputs[1]
         codes = None if limit is None or limit.const_value is None else limit.const_value.numpy()
         if codes is None or not np.issubdtype(codes.dtype, np.integer) or (codes > np.iinfo(codes.dtype).min).any():
             continue
@@ -327,7 +332,7 @@ def _limits_in_rows(model: ir.Model) -> None:
     ONNX Runtime lays images out with their channels last, and starts anew at every pixel where limits are as short as a pixel:
     of 32 channels that takes four times as long as rows do.
     """
-    for node in [n for n in model.graph if n.op_type in ("Max", "Min")]:
+    for node in _limits(model, "Max", "Min"):
         x, limit = node.inputs
         shape = [] if limit is None or limit.const_value is None else list(limit.const_value.shape)
         made = None if x is None else x.producer()

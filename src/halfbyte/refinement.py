@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid, expand, fake_quantize, quantize, round_even
 from halfbyte.calibrate import bias_floor, bias_step, regridded, whole_biases
+from halfbyte.errors import UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import bias_of, input_axis, is_real, layers, twin_of, weight_of
 from halfbyte.model import QModel, value_name
@@ -121,6 +122,19 @@ class Rates:
     biases: float
 
 
+def _gradients(loss: Tensor) -> None:
+    """Into the variables. Raises :class:`UsageError` where torch has no derivative of some operation."""
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise UsageError(
+            f"torch has no gradients here ({str(error).splitlines()[0]}): choose what needs none, as --rounding descent or the "
+            "recipes low-bit and calibtip-light do"
+        ) from error
+
+
 class Part(Rounding):
     """Some nodes of a network while they are fitted.
 
@@ -221,7 +235,7 @@ class Part(Rounding):
         self.training, self.leaves = True, {}
         with torch.enable_grad():
             for some in torch.split(at, self.portion):
-                (loss(some) * (len(some) / len(at))).backward()  # type: ignore[no-untyped-call]
+                _gradients(loss(some) * (len(some) / len(at)))
             read = [(real, leaf.grad) for real, leaf in self.leaves.values() if leaf.grad is not None]
             torch.autograd.backward([real for real, _ in read], [grad for _, grad in read])
         self.training, self.leaves = False, {}
