@@ -137,3 +137,32 @@ def test_networks_of_special_operations_are_proven(way: str, bits: str, tmp_path
 def test_what_has_no_gradients_is_not_learned() -> None:
     with pytest.raises(hb.UsageError, match=r"no gradients here .*floor_divide.*choose what needs none"):
         hb.quantize(Steps("floors"), pictures(), bits="W4A4", rounding="blocks", iterations=5)
+
+
+class Losses(Labels):
+    """A loss of all samples beside, or in place of, what it is made of."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone = alone
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.scores(x)
+        return y.square().mean() if self.alone else {"loss": y.square().mean(), "scores": y}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("way", ["blocks", "calibtip-advanced", "budget"])
+def test_numbers_that_all_samples_share(alone: bool, way: str, tmp_path: Path) -> None:
+    m = hb.quantize(hb.capture(Losses(alone), pictures()[:2]), pictures(), **WAYS[way])
+    assert m.outputs == (("output",) if alone else ("loss", "scores"))
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+    assert judged(m).outputs == (judged(m).outputs if alone else ("last",))
+    assert len(judged(m).outputs) == 1 and len(hb.run(judged(m), (pictures(),))[0]) == 40
+
+
+def test_nothing_to_learn_is_no_error() -> None:
+    """The only layer keeps its 8 bits, and its values theirs."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1))
+    m = hb.quantize(net, pictures(), bits="W4A4", rounding="blocks", iterations=4)
+    assert torch.isfinite(hb.predict(m, pictures())[0]).all()

@@ -17,18 +17,19 @@ _SMALLEST = 1e-30
 
 
 def judged(m: QModel) -> QModel:
-    """The model to compare with others: of outputs that are all indices or truth values, what these are picked from.
+    """The model to compare with others: numbers that all samples share, as a loss, are no outputs of it; and of outputs that are
+    all such, indices or truth values it puts out what these are made of.
 
     Anything but its graph and its outputs is the model's, and holds for both.
     """
     outputs = output_values(m.graph)
-    if any(map(is_real, outputs)):
+    if any(map(_comparable, outputs)) and all(_comparable(n) or not is_real(n) for n in outputs):
         return m
-    found: dict[fx.Node, None] = {}
-    behind = list(outputs)
+    found = dict.fromkeys(filter(_comparable, outputs))
+    behind = [] if found else list(outputs)
     while behind:
         node = behind.pop(0)
-        if is_real(node) and node.op != "get_attr":
+        if _comparable(node):
             found[node] = None
         else:
             behind += node.all_input_nodes
@@ -40,6 +41,10 @@ def judged(m: QModel) -> QModel:
     output_node(graph).args = (tuple(named[name] for name in names),)
     drop_dead(graph)
     return replace(m, graph=graph, outputs=names)
+
+
+def _comparable(node: fx.Node) -> bool:
+    return node.op != "get_attr" and is_real(node) and len(node.meta["shape"]) > 0
 
 
 @torch.no_grad()

@@ -379,7 +379,10 @@ def descend(
     fixed = fixed_batch(part.m)
     before = held_out_loss(loss, held, fixed or batch)
     best, least = part.state(), before
-    optimizer = torch.optim.Adam(part.variables(rates(before)), betas=(0.9, 0.99))
+    variables = part.variables(rates(before))
+    if not variables:
+        return Refined(best, before, before, 0)
+    optimizer = torch.optim.Adam(variables, betas=(0.9, 0.99))
     highest = [g["lr"] for g in optimizer.param_groups]
     planned, start, step, going = steps, time.monotonic(), 0, True
     while step < steps and going:
