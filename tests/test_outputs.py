@@ -162,7 +162,11 @@ def test_numbers_that_all_samples_share(alone: bool, way: str, tmp_path: Path) -
 
 
 def test_nothing_to_learn_is_no_error() -> None:
-    """The only layer keeps its 8 bits, and its values theirs."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1))
-    m = hb.quantize(net, pictures(), bits="W4A4", rounding="blocks", iterations=4)
+    """The only layer keeps its 8 bits, is used twice, and float operations read it."""
+
+    class Roots(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs().sqrt() * super().forward(x).sign()
+
+    m = hb.quantize(Roots(3, 4, 3, bias=False), pictures(), bits="W4A4", rounding="blocks", iterations=4)
     assert torch.isfinite(hb.predict(m, pictures())[0]).all()
