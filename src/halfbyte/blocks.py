@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import effort, extent, input_axis, layers, output_values, per_sample
-from halfbyte.losses import judged, noise_of
+from halfbyte.losses import comparable, noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
@@ -78,7 +78,7 @@ def refine(
     if not m.grids or m.target is None:
         raise UsageError("there is nothing to refine yet: call place, calibrate and reconstruct first")
     require_free_batch(m)
-    given, m = m, judged(m)
+    given, m = m, comparable(m)
     for node in output_values(m.graph):
         if not _divisible(node):
             text = f"output '{value_name(node)}' of shape {list(node.meta['shape'])} is not one of separate samples, which blocks need"

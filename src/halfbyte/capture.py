@@ -90,7 +90,7 @@ class _Given:
             raise CaptureError(
                 "the example must be a tensor, or a sequence or a mapping of tensors, one for each input of the network"
             )
-        device = device_of(net)
+        device = _device_of(net)
         return cls(tuple(t.to(device, torch.float32 if t.is_floating_point() else None) for t in tensors), names)
 
     @property
@@ -112,7 +112,7 @@ class _Given:
         return tuple(self.named[str(n.target)] for n in m.inputs) if self.names else self.tensors
 
 
-def device_of(net: nn.Module | ExportedProgram) -> torch.device:
+def _device_of(net: nn.Module | ExportedProgram) -> torch.device:
     """Where the parameters of a network lie."""
     held = net.state_dict.values() if isinstance(net, ExportedProgram) else (*net.parameters(), *net.buffers())
     return next((t.device for t in held), torch.device("cpu"))

@@ -212,9 +212,8 @@ def macs(node: fx.Node) -> int:
     return 0
 
 
-_MOVED = (
-    100  # multiply-accumulates in the time that a number read or written takes while a layer learns, measured on CPUs
-)
+# Multiply-accumulates in the time that a number read or written takes while a layer learns, measured on CPUs.
+_MOVED = 100
 
 
 def effort(node: fx.Node) -> int:

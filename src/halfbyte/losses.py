@@ -16,20 +16,20 @@ Loss = Literal["error", "divergence"]
 _SMALLEST = 1e-30
 
 
-def judged(m: QModel) -> QModel:
+def comparable(m: QModel) -> QModel:
     """The model to compare with others: numbers that all samples share, as a loss, are no outputs of it; and of outputs that are
     all such, indices or truth values it puts out what these are made of.
 
     Anything but its graph and its outputs is the model's, and holds for both.
     """
     outputs = output_values(m.graph)
-    if any(map(_comparable, outputs)) and all(_comparable(n) or not is_real(n) for n in outputs):
+    if any(map(_of_samples, outputs)) and all(_of_samples(n) or not is_real(n) for n in outputs):
         return m
-    found = dict.fromkeys(filter(_comparable, outputs))
+    found = dict.fromkeys(filter(_of_samples, outputs))
     behind = [] if found else list(outputs)
     while behind:
         node = behind.pop(0)
-        if _comparable(node):
+        if _of_samples(node):
             found[node] = None
         else:
             behind += node.all_input_nodes
@@ -43,7 +43,7 @@ def judged(m: QModel) -> QModel:
     return replace(m, graph=graph, outputs=names)
 
 
-def _comparable(node: fx.Node) -> bool:
+def _of_samples(node: fx.Node) -> bool:
     return node.op != "get_attr" and is_real(node) and len(node.meta["shape"]) > 0
 
 
@@ -53,7 +53,7 @@ def noise_to_signal(m: QModel, data: Iterable[Inputs], reference: QModel) -> flo
 
     Outputs that are no real numbers, such as indices of classes, do not count.
     """
-    m, reference = judged(m), judged(reference)
+    m, reference = comparable(m), comparable(reference)
     noise: dict[int, float] = {}
     signal: dict[int, float] = {}
     tap = simulate(m)

@@ -19,7 +19,7 @@ from halfbyte.affine import fake_quantize
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import output_values
-from halfbyte.losses import judged
+from halfbyte.losses import comparable
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
 from halfbyte.reconstruct import HELD_OUT, unseen_first
@@ -78,7 +78,7 @@ def sensitivity(
     runs again, so a unit costs half a pass on average. Raises :class:`UsageError` for candidates of different graphs,
     :class:`DataError` without data.
     """
-    candidates = {widths: judged(m) for widths, m in candidates.items()}
+    candidates = {widths: comparable(m) for widths, m in candidates.items()}
     u = units(candidates)
     portions = _portions(candidates[max(candidates)], data, samples, labelled=metric == "loss")
     if metric in ("noise", "second-order"):
@@ -96,7 +96,7 @@ def sensitivity(
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
-    m = judged(m)
+    m = comparable(m)
     return _mean(_whole(m, _portions(m, data, samples, labelled=metric == "loss"), _judge(m, metric)))
 
 

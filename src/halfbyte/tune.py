@@ -17,7 +17,7 @@ from halfbyte.blocks import blocks_of, end_of
 from halfbyte.calibrate import Progress, silent
 from halfbyte.errors import UsageError
 from halfbyte.graph import is_real, macs, output_values
-from halfbyte.losses import Loss, classifies, divergence, judged, noise_of, relative_error
+from halfbyte.losses import Loss, classifies, comparable, divergence, noise_of, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
 from halfbyte.reconstruct import Kept, fingerprint, split
 from halfbyte.refinement import LEARNED, Clock, Env, Learned, Part, Rates, Refined, descend, execute
@@ -66,7 +66,7 @@ def tune(
     the tuning with the best model so far in the folder, which the next run takes. Raises :class:`UsageError` for a model
     without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
-    given, m = m, judged(m)
+    given, m = m, comparable(m)
     _check(m, learn, loss, iterations, batch)
     fixed, batch = fixed_batch(m), whole(m, batch)
     fit, held = split(data, unit=fixed)
