@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
@@ -60,28 +59,41 @@ class _MakesTensors(TorchDispatchMode):
 
 
 def _computed(op: Any, args: Any, kwargs: Any) -> Any:
-    name, leaves = op._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    given = {id(x.raw): x for x in leaves if isinstance(x, Elsewhere)}
-    strangers = [x for x in leaves if not isinstance(x, Elsewhere) and x.ndim]  # scalars of the CPU mix with everything
+    name, given, strangers = op._schema.name, {}, []
+
+    def raw(x: Any) -> Any:
+        if isinstance(x, Elsewhere):
+            given[id(x.raw)] = x
+            return x.raw
+        if isinstance(x, Tensor):
+            if x.ndim:  # scalars of the CPU mix with everything
+                strangers.append(x)
+        elif isinstance(x, list | tuple):
+            return type(x)([raw(y) for y in x])
+        return x
+
+    first = args[0] if args else None
+    args, kwargs = [raw(x) for x in args], {k: raw(x) for k, x in kwargs.items()}
     if name in _INDEXED:
-        strangers = [x for x in args[:1] if not isinstance(x, Elsewhere)]
+        strangers = [first] if not isinstance(first, Elsewhere) else []
     if given and strangers and name != "aten::copy_":
         raise RuntimeError(f"{name} is given a tensor {list(strangers[0].shape)} of the CPU beside others")
     away = bool(given)
     if kwargs.get("device") is not None:
         away = torch.device(kwargs["device"]).type == NAME
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    args, kwargs = tree_map(lambda x: x.raw if isinstance(x, Elsewhere) else x, (args, kwargs))
+        kwargs["device"] = torch.device("cpu")
     found = op(*args, **kwargs)
     if name == "aten::copy_":
         return given.get(id(args[0]), args[0])
 
     def where(y: Any) -> Any:
+        if isinstance(y, list | tuple):
+            return type(y)([where(z) for z in y])
         if not isinstance(y, Tensor) or not away:
             return y
         return given[id(y)] if id(y) in given else Elsewhere.of(y)
 
-    return tree_map(where, found)
+    return where(found)
 
 
 @cache

@@ -11,7 +11,7 @@ import halfbyte as hb
 from elsewhere import another_device
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def device() -> Iterator[str]:
     with another_device() as name:
         yield name
@@ -50,8 +50,7 @@ class Tokens(nn.Module):
         return self.last(y.transpose(1, 2).reshape(-1, 9, 16).mean(1))
 
 
-@pytest.fixture(scope="module")
-def net(device: str) -> nn.Module:
+def network(device: str) -> nn.Module:
     torch.manual_seed(0)
     made = Net().eval()
     for norm in (m for m in made.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -89,16 +88,18 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_works_there_and_is_proven_here(device: str, net: nn.Module, tmp_path: Path, way: str) -> None:
-    m = hb.quantize(net, pictures(), **WAYS[way])
-    assert {t.device.type for t in m.parameters.values()} == {device}
-    assert {g.scale.device.type for g in m.grids.values()} == {device}
-    assert hb.predict(m, pictures(2))[0].device.type == device
+def test_every_way_works_there_and_is_proven_here(tmp_path: Path, way: str) -> None:
+    with another_device() as device:
+        m = hb.quantize(network(device), pictures(), **WAYS[way])
+        assert {t.device.type for t in m.parameters.values()} == {device}
+        assert {g.scale.device.type for g in m.grids.values()} == {device}
+        assert hb.predict(m, pictures(2))[0].device.type == device
     assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
 
 
-def test_without_data(device: str, net: nn.Module, tmp_path: Path) -> None:
-    m = hb.quantize(hb.capture(net, pictures(2)), data_free=True)
+def test_without_data(tmp_path: Path) -> None:
+    with another_device() as device:
+        m = hb.quantize(hb.capture(network(device), pictures(2)), data_free=True)
     assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
 
 
@@ -114,8 +115,8 @@ def test_what_is_made_on_the_way_follows_the_parameters(device: str, tmp_path: P
     assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
 
 
-def test_everything_about_a_result(device: str, net: nn.Module, tmp_path: Path) -> None:
-    x = pictures()
+def test_everything_about_a_result(device: str, tmp_path: Path) -> None:
+    net, x = network(device), pictures()
     m = hb.quantize(net, x.to(device), bits="W4A8")
     assert hb.plan(net, x, bits="W4A8").to_dict()
     hb.export(m, tmp_path / "out")
