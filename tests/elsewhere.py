@@ -14,12 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
-_INDEXED = (
-    "aten::index",
-    "aten::_unsafe_index",
-    "aten::index_put_",
-    "aten::_index_put_impl_",
-)  # by indices of the CPU, too
+# By indices of the CPU, too.
+_INDEXED = ("aten::index", "aten::_unsafe_index", "aten::index_put_", "aten::_index_put_impl_")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 

@@ -45,6 +45,11 @@ def sloped(
     return {n: both for n, both in found.items() if both[1]}
 
 
+def lacks_derivative(error: RuntimeError) -> bool:
+    """Whether a backward pass failed because torch has no derivative of some operation; the error's first line names it."""
+    return "is not implemented" in str(error)
+
+
 def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torch.Generator) -> tuple[Any, ...]:
     """Gradients of a random direction of the outputs, each over its spread and the root of its size, with respect to the values.
 
@@ -61,9 +66,9 @@ def _slopes(outputs: Sequence[Tensor], values: Sequence[Tensor], generator: torc
     try:
         return torch.autograd.grad(total, values, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if "is not implemented" not in str(error):  # torch has no derivative of some operation: nothing is known
+        if not lacks_derivative(error):
             raise
-        return (None,) * len(values)
+        return (None,) * len(values)  # nothing is known
 
 
 def judged(

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid, expand, fake_quantize, quantize, round_even
 from halfbyte.calibrate import bias_floor, bias_step, regridded, whole_biases
+from halfbyte.effects import lacks_derivative
 from halfbyte.errors import UsageError
 from halfbyte.formats import Format
 from halfbyte.graph import bias_of, input_axis, is_real, layers, twin_of, weight_of
@@ -127,7 +128,7 @@ def _gradients(loss: Tensor) -> None:
     try:
         loss.backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        if not lacks_derivative(error):
             raise
         raise UsageError(
             f"torch has no gradients here ({str(error).splitlines()[0]}): choose what needs none, as --rounding descent or the "
