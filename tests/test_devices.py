@@ -1,6 +1,7 @@
 """A network that lies on another device is quantized there, whatever lies on the CPU: data, examples, files, proofs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import halfbyte as hb
 from elsewhere import another_device
+from halfbyte.integer import run_integer
 
 
 @pytest.fixture
@@ -113,6 +115,24 @@ def test_what_is_made_on_the_way_follows_the_parameters(device: str, tmp_path: P
     for here in (m.to("cpu"), hb.load(tmp_path / "kept")):
         torch.testing.assert_close(hb.predict(here, ids)[0], expected.cpu(), rtol=1e-4, atol=1e-5)
     assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+
+
+def test_evaluation_runs_where_the_network_lies(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, where, found = hb.quantize(network(device), pictures()), set(), set()
+
+    def spied(low: hb.QModel, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        where.add(low.device.type)
+        return run_integer(low, x)
+
+    def decided(forward: Callable[[Tensor], Tensor]) -> float:
+        y = forward(pictures(4).to(device))
+        found.add(y.device.type)
+        return float(y.argmax(1).float().mean())
+
+    monkeypatch.setattr(import_module("halfbyte.evaluate"), "run_integer", spied)
+    assert hb.evaluate(m, metric=decided).scores
+    assert where == {device}
+    assert found == {"cpu"}
 
 
 def test_everything_about_a_result(device: str, tmp_path: Path) -> None:

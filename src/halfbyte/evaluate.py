@@ -103,12 +103,15 @@ class Evaluation(Shown):
 
 
 def forwards(m: QModel, file: Path | None, *, threads: int | None = None) -> dict[str, Forward]:
-    """The three ways to run a network: float, the integer simulation and, where there is a file, the file in its engine."""
+    """The three ways to run a network: float, the integer simulation and, where there is a file, the file in its engine.
+
+    The first two run where the model lies; all outputs come to the CPU.
+    """
 
     def single(outputs: Outputs) -> Tensor | Outputs:
+        outputs = tuple(t.cpu() for t in outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 
-    m = m.to("cpu")
     reference, low = m.as_float(), lower(m)
 
     ways: dict[str, Forward] = {
