@@ -170,3 +170,13 @@ def test_nothing_to_learn_is_no_error() -> None:
 
     m = hb.quantize(Roots(3, 4, 3, bias=False), pictures(), bits="W4A4", rounding="blocks", iterations=4)
     assert torch.isfinite(hb.predict(m, pictures())[0]).all()
+
+
+def test_diagnosis_of_indices(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Labels()
+    m = hb.quantize(net, pictures(), bits="W2A8", rounding="nearest")
+    hb.export_onnx(m, tmp_path / "net.onnx")
+    steps = {s.name: s for s in hb.diagnose(m, pictures(), file=tmp_path / "net.onnx", network=net).steps}
+    assert steps["the module itself"].verdict == steps["the file"].verdict == "passed"  # by the outputs as they are
+    assert steps["all quantized"].measured == pytest.approx(noise_to_signal(m, [(pictures()[:32],)], m.as_float()))

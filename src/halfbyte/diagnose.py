@@ -20,6 +20,7 @@ from halfbyte.data import Source
 from halfbyte.diagnosis import Cause, Channels, Diagnosis, Repair, Step, Verdict
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.evidence import FINE, POINTS, Evidence
+from halfbyte.losses import comparable
 from halfbyte.lower import lower
 from halfbyte.matching import SHIFT, match
 from halfbyte.model import Inputs, Outputs, QModel
@@ -67,6 +68,7 @@ def diagnose(
     command = command or described.get("command") or ""
     if not m.grids:
         raise UsageError("there is nothing to diagnose: the model has no grids; call hb.quantize first")
+    as_exported, m = m, comparable(m)
     own: list[Portion] = []
     if m.samples:
         own += list(_portions(m, [(m.samples, None)], len(m.samples[0])))
@@ -77,7 +79,7 @@ def diagnose(
     portions = given or own
     if not portions:
         raise UsageError("there are no samples to diagnose on: the checkpoint holds none, so give data")
-    chart = _Chart(m, progress)
+    chart = _Chart(m, as_exported, progress)
     b = _bench(m, portions)
     e = Evidence(m, b, b.quantized(m), b.quantized(m, weights=False, values=False), b.quantized(m, values=False),
                  b.quantized(m, weights=False), separate=bool(given) and m.calibrated > 0, command=command)  # fmt: skip
@@ -141,6 +143,7 @@ class _Chart:
     """The steps so far. Every check runs guarded: what goes wrong in it becomes its verdict."""
 
     m: QModel
+    as_exported: QModel  # with its own outputs, where those are no numbers to judge by
     progress: Progress
     steps: list[Step] = field(default_factory=list)
     rescued: dict[str, float] = field(default_factory=dict)
@@ -177,7 +180,9 @@ class _Chart:
             f"noise-to-signal {e.floats.noise:.3g} (tuned biases only){right}",
         )
         if network is not None:
-            found = self.guarded("the module itself", lambda: _against(self.m, network, e.bench))
+            found = self.guarded(
+                "the module itself", lambda: _against(network, _bench(self.as_exported, list(e.bench.portions)))
+            )
             if found is not None:
                 e = replace(e, reference=found[0], training=found[1])
                 detail = f"noise-to-signal between module and graph {found[0]:.3g}, as it was given {found[1]:.3g}"
@@ -205,7 +210,7 @@ class _Chart:
         own = self.m.samples or _joined(list(e.bench.portions))
         count = _PROVEN_ON if self.m.dynamic else len(own[0])
         try:
-            parity = compare(lower(self.m), path, tuple(t[:count] for t in own))
+            parity = compare(lower(self.as_exported), path, tuple(t[:count] for t in own))
         except Exception as error:  # a file that nobody can run is a finding, not a failure of the diagnosis
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.steps.append(Step("the file", "failed", first))
@@ -291,7 +296,7 @@ class _Chart:
 
 
 @torch.no_grad()
-def _against(m: QModel, network: nn.Module, b: Bench) -> tuple[float, float]:
+def _against(network: nn.Module, b: Bench) -> tuple[float, float]:
     """Noise between the graph and the module: in eval mode, and as the module was given."""
     modes = {module: module.training for module in network.modules()}
     state = {k: t.clone() for k, t in network.state_dict().items()}
