@@ -179,4 +179,6 @@ def test_diagnosis_of_indices(tmp_path: Path) -> None:
     hb.export_onnx(m, tmp_path / "net.onnx")
     steps = {s.name: s for s in hb.diagnose(m, pictures(), file=tmp_path / "net.onnx", network=net).steps}
     assert steps["the module itself"].verdict == steps["the file"].verdict == "passed"  # by the outputs as they are
-    assert steps["all quantized"].measured == pytest.approx(noise_to_signal(m, [(pictures()[:32],)], m.as_float()))
+    assert steps["all quantized"].measured == pytest.approx(
+        noise_to_signal(m, [(pictures()[:32],)], m.as_float()), rel=0.05
+    )
