@@ -12,15 +12,15 @@ PACKAGE = Path(halfbyte.__file__).parent
 # Lowest first. A module imports from lower layers and from rows before it in its own.
 LAYERS: dict[int, str] = {
     0: "shown errors formats affine",
-    1: "ops model graph chains run moments store effects channels",
+    1: "ops model graph chains run moments store effects products channels",
     2: "preprocess pictures loading opening batches data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
-    3: "targets overrides place",
+    3: "sessions engine targets overrides place",
     4: "stats grids transforms.rotate walk correct calibrate losses refine_ranges",
-    5: "products second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics "
+    5: "second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics "
     "refinement blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
-    8: "sessions prove lower sizes sums engine engine_openvino engines integer parity parity_openvino ports provenance "
+    8: "prove lower sizes sums engine_openvino engines integer parity parity_openvino ports provenance "
     "onnx_edits export_openvino export_onnx encodings proof report output settings scoring evaluate benchmark latency capabilities "
     "mixed steps recipe pipeline summary diagnosis flips probes search quantize tradeoff inspection matching repairs "
     "evidence causes_grids causes diagnose job reexport plan check compare",
@@ -94,7 +94,7 @@ def test_layers_name_nothing_that_is_gone() -> None:
     [
         ("affine", "from halfbyte.model import QModel", "not below"),
         ("model", "from halfbyte.graph import by_value", "not below"),
-        ("lower", "from halfbyte import engine", "not below"),
+        ("lower", "from halfbyte import engines", "not below"),
         ("place", "def f():\n    from halfbyte.ops import Kind", "inside a function"),
         ("transforms.fold_batchnorm", "from halfbyte.transforms.canonicalize import canonicalize", "neighbour"),
         ("place", "import halfbyte", "not below"),

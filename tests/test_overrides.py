@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import halfbyte as hb
-from halfbyte.engines import here
 from halfbyte.errors import PlacementError, UsageError
 from halfbyte.overrides import parse_overrides
 from halfbyte.plan import plan_job
 from halfbyte.settings import Settings
-from halfbyte.targets import GENERIC, ONNXRUNTIME
+from halfbyte.targets import GENERIC, ONNXRUNTIME, here
 from tiny import files, halfbyte, network, quantized
 
 

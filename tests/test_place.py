@@ -160,6 +160,14 @@ def test_widths_of_the_target(weights: int, activations: int) -> None:
         placed(lambda s, x: s.a(x), a=conv(), weight_bits=weights, activation_bits=activations)
 
 
+def test_a_target_by_name() -> None:
+    m = hb.capture(nn.Sequential(conv(), nn.ReLU(), conv()), torch.zeros(2, 4, 6, 6))
+    assert hb.place(m, "generic").plan == hb.place(m, GENERIC).plan
+    assert hb.place(m, "onnxruntime").target == find("onnxruntime", saturates=engine.saturates())
+    with pytest.raises(hb.UsageError, match="there is no target 'genric': did you mean 'generic'"):
+        hb.place(m, "genric")
+
+
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(PlacementError, match="nothing in this network can be quantized"):
         placed(lambda s, x: torch.tanh(x))

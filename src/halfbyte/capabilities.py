@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from halfbyte import engine
 from halfbyte.calibrate import Progress, calibrate, silent
 from halfbyte.capture import capture
-from halfbyte.engines import here
 from halfbyte.export_onnx import example_inputs, to_onnx
 from halfbyte.formats import Bits, container_bits
 from halfbyte.graph import layers
@@ -29,7 +28,7 @@ from halfbyte.model import QModel, Target
 from halfbyte.ops import Kind
 from halfbyte.place import place
 from halfbyte.shown import Shown, aligned
-from halfbyte.targets import find, names
+from halfbyte.targets import find, here, names
 
 WIDTHS = tuple(Bits(w, a) for w, a in ((8, 8), (4, 8), (8, 4), (4, 4), (8, 16)))
 _SAME = 0.1  # speeds that differ by less are told apart by noise alone

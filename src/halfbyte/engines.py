@@ -8,8 +8,7 @@ import onnxruntime as ort
 
 from halfbyte import engine, engine_openvino
 from halfbyte.errors import UsageError
-from halfbyte.model import QModel, Target
-from halfbyte.targets import find
+from halfbyte.model import QModel
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
 
@@ -64,8 +63,3 @@ def described(name: str) -> str:
 def takes_bytes(s: Session) -> bool:
     """Whether a file's first input is unsigned bytes."""
     return s.get_inputs()[0].type in ("tensor(uint8)", "tensor(u8)")
-
-
-def here(target: str | Target) -> Target:
-    """A target, by name the variant for this machine's CPU. Raises :class:`UsageError`."""
-    return find(target, saturates=engine.saturates()) if isinstance(target, str) else target

@@ -12,7 +12,6 @@ import torch
 from halfbyte.budgets import Budget
 from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Samples, Source, calibration, check_inputs
-from halfbyte.engines import here
 from halfbyte.errors import DataError, HalfbyteWarning, UsageError
 from halfbyte.grids import GridRule
 from halfbyte.mixed import Widths, widths
@@ -22,6 +21,7 @@ from halfbyte.preprocess import Preprocess
 from halfbyte.recipe import Recipe, check, follow, load_recipe
 from halfbyte.run import expected_inputs, fixed_batch, run, whole
 from halfbyte.steps import Context
+from halfbyte.targets import here
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _log = logging.getLogger("halfbyte")

@@ -33,7 +33,7 @@ from halfbyte.graph import (
 from halfbyte.model import LogEntry, QModel, Target, editable, value_name
 from halfbyte.ops import CONV_TRANSPOSE, REQUANTIZE, Kind, base_name, kind
 from halfbyte.overrides import Overrides, apply_overrides, check_overrides, kept_in_float
-from halfbyte.targets import activation_format, weight_format
+from halfbyte.targets import activation_format, here, weight_format
 
 COMPUTE = (Kind.CONV, Kind.CONV_TRANSPOSE, Kind.LINEAR, Kind.MATMUL)
 FOLLOWING = (Kind.ADD, Kind.MUL, Kind.CONCAT, Kind.AVERAGE)
@@ -85,7 +85,7 @@ class _Marks:
 
 def place(
     m: QModel,
-    target: Target,
+    target: str | Target,
     *,
     weight_bits: int = 8,
     activation_bits: int = 8,
@@ -96,17 +96,17 @@ def place(
 ) -> QModel:
     """Give every value that the target can use in integers a format.
 
-    weight_bits, activation_bits: widths. uniform: every layer gets them; else the first and the last layer keep 8 bits where
-    fewer were asked for, and so does what no other layer multiplies, such as the operands of an addition. narrow: layers get
-    copies of their own of what sums read, whatever the widths, so that widths can be chosen later. symmetric_weights: none has a
-    zero-point, though the target takes them at few bits. overrides: glob
-    over values and modules, or ``type:conv`` -> None to keep operations in float, :class:`Bits` for the weights of the layers
-    that it matches and for what they read (for the values, where it matches no layer), or a :class:`Format`, whose width counts
-    for the values that it matches. Values that stay in float are in the plan as None,
+    target: what runs the network, or its name. weight_bits, activation_bits: widths. uniform: every layer gets them; else the first
+    and the last layer keep 8 bits where fewer were asked for, and so does what no other layer multiplies, such as the operands of
+    an addition. narrow: layers get copies of their own of what sums read, whatever the widths, so that widths can be chosen later.
+    symmetric_weights: none has a zero-point, though the target takes them at few bits. overrides: glob over values and modules, or
+    ``type:conv`` -> None to keep operations in float, :class:`Bits` for the weights of the layers that it matches and for what
+    they read (for the values, where it matches no layer), or a :class:`Format`, whose width counts for the values that it matches.
+    Values that stay in float are in the plan as None,
     with the reason in the log. Raises :class:`PlacementError` where nothing is left to quantize, or where the target cannot run
     the width.
     """
-    overrides = overrides or {}
+    target, overrides = here(target), overrides or {}
     for what, bits in (("weights", weight_bits), ("activations", activation_bits)):
         if bits not in target.widths:
             raise PlacementError(

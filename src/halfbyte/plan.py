@@ -12,7 +12,6 @@ from torch import fx
 
 from halfbyte.budgets import Budget
 from halfbyte.data import Source
-from halfbyte.engines import here
 from halfbyte.export_onnx import Container, example_inputs
 from halfbyte.formats import Bits
 from halfbyte.graph import extent, layers, macs, tensors, weight_of
@@ -29,6 +28,7 @@ from halfbyte.run import run
 from halfbyte.settings import Settings, network_of
 from halfbyte.shown import Shown, aligned, scaled
 from halfbyte.sizes import sizes
+from halfbyte.targets import here
 from halfbyte.transforms.fold_batchnorm import fold_batchnorm
 
 _PROOF_SAMPLES = 16

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte import engine
 from halfbyte.errors import UsageError
 from halfbyte.formats import Format
 from halfbyte.model import Target
@@ -90,6 +91,11 @@ def find(name: str, *, saturates: bool) -> Target:
     near = difflib.get_close_matches(name, names(), 1)
     hint = f"did you mean '{near[0]}'?" if near else "choose one of " + ", ".join(names())
     raise UsageError(f"there is no target '{name}': {hint} (or give a .toml file)")
+
+
+def here(target: str | Target) -> Target:
+    """A target, by name the variant for this machine's CPU. Raises :class:`UsageError`."""
+    return find(target, saturates=engine.saturates()) if isinstance(target, str) else target
 
 
 def _from_file(path: Path, saturates: bool) -> Target:
