@@ -247,9 +247,29 @@ def _from_program(program: ExportedProgram) -> QModel:
         raise CaptureError(
             f"the network changes its buffer '{mutated[0]}' while it runs: call net.eval() or remove the state"
         )
+    graph, params, copied = _copied(program)
+    every = [s.arg for s in signature.output_specs]
+    kept = [i for i, a in enumerate(every) if not (isinstance(a, ConstantArgument) and a.value is None)]
+    outputs = [a for i in kept if isinstance(a := every[i], TensorArgument)]
+    if len(outputs) < len(kept) or not outputs:
+        raise CaptureError("the network returns something that is not a tensor: return tensors only")
+    by_name = {n.name: n for n in copied}
+    graph.output(tuple(copied[by_name[a.name]] for a in outputs))
+    _name_values(graph, {new: old for old, new in copied.items()})
+    drop_dead(graph)
+    dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
+    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    names = tuple(name for i, name in enumerate(_output_names(program, len(every))) if i in kept)
+    _check_sizes(graph, names)
+    m = QModel(graph, {k: v for k, v in params.items() if k in used}, names, dynamic=dynamic)
+    return m.logged(*_capture_log(graph, dynamic))
+
+
+def _copied(program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor], dict[fx.Node, fx.Node]]:
+    """A graph without outputs, its parameters by name, and where each node of the program is."""
     tensors: dict[str, Tensor] = {**program.state_dict, **program.constants}
     graph, params = fx.Graph(), {}
-    specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     copied: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         spec = specs.get(node.name) if node.op == "placeholder" else None
@@ -265,18 +285,11 @@ def _from_program(program: ExportedProgram) -> QModel:
             )
         else:
             copied[node] = graph.node_copy(node, lambda n: copied[n])
-    every = [s.arg for s in signature.output_specs]
-    kept = [i for i, a in enumerate(every) if not (isinstance(a, ConstantArgument) and a.value is None)]
-    outputs = [a for i in kept if isinstance(a := every[i], TensorArgument)]
-    if len(outputs) < len(kept) or not outputs:
-        raise CaptureError("the network returns something that is not a tensor: return tensors only")
-    by_name = {n.name: n for n in copied}
-    graph.output(tuple(copied[by_name[a.name]] for a in outputs))
-    _name_values(graph, {new: old for old, new in copied.items()})
-    drop_dead(graph)
-    dynamic = any(isinstance(d, str) for n in graph.nodes if n.op == "placeholder" for d in n.meta["shape"])
-    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    names = tuple(name for i, name in enumerate(_output_names(program, len(every))) if i in kept)
+    return graph, params, copied
+
+
+def _check_sizes(graph: fx.Graph, names: Sequence[str]) -> None:
+    """Raises CaptureError where data decide how much an output, which has a name, or a layer puts out."""
     compared = [*((f"output '{name}'", n) for name, n in zip(names, output_values(graph), strict=True)),
                 *((f"layer '{value_name(n)}'", n) for n in layers(graph))]  # fmt: skip
     for what, node in compared:
@@ -285,8 +298,6 @@ def _from_program(program: ExportedProgram) -> QModel:
                 f"how much {what} puts out depends on what the data hold, so that it cannot be compared with anything: end the "
                 "network in front of what picks values, or compute all of them and mask"
             )
-    m = QModel(graph, {k: v for k, v in params.items() if k in used}, names, dynamic=dynamic)
-    return m.logged(*_capture_log(graph, dynamic))
 
 
 def _capture_log(graph: fx.Graph, dynamic: bool) -> list[LogEntry]:
