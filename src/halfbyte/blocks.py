@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.calibrate import Progress, silent
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, check_choice
 from halfbyte.graph import effort, extent, input_axis, layers, output_values, per_sample
 from halfbyte.losses import comparable, noise_of
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
@@ -30,6 +30,9 @@ _KEPT = "blocks"  # the folder of the model behind the last finished block
 # A step sees about so many output positions, of so many samples at least and at most: few samples of large maps say as much of a
 # layer's weights as many of small ones, and cost the same.
 _POSITIONS, _FEWEST, _MOST = 4096, 2, 64
+
+
+Weighting = Literal["plain", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,18 @@ class Blocks:
     rate: float = 0.02
     scale_rate: float = 0.02
     drop: float = 0.0
-    weighting: Literal["plain", "gradient"] = "plain"
+    weighting: Weighting = "plain"
     name: Literal["blocks"] = "blocks"
 
     def __post_init__(self) -> None:
+        check_choice("weighting", self.weighting, Weighting)
         if self.iterations < 1 or self.batch < 0 or self.layers < 1 or not 0 <= self.drop < 1:
             raise UsageError(
                 f"iterations and layers must be positive, batch not negative, and drop lie in 0..1: {self}"
             )
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def refine(
     m: QModel,
     data: Iterable[Inputs],
@@ -88,7 +93,7 @@ def refine(
     m, done = _resumed(m, kept, store.identity)
     fit, held = split(data)
     for batch in (*fit, *held):
-        check_given(m, batch)
+        check_given(m, batch, finite=True)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
     found = blocks_of(m, options.layers)

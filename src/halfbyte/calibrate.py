@@ -4,14 +4,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import Grid
 from halfbyte.correct import ChannelMoments, InputMoments, channel_moments, correct_expected, expected_inputs
-from halfbyte.errors import DataError, PlacementError, UsageError
+from halfbyte.errors import DataError, PlacementError, UsageError, check_choice
 from halfbyte.graph import (
     RESIDUAL,
     bias_of,
@@ -38,6 +38,7 @@ from halfbyte.stats import SAMPLED, Histogram, expected_histogram, histogram
 
 _log = logging.getLogger("halfbyte")
 # A bias this close to the end of int32 leaves no room for the products that are added to it.
+Logits = Literal["same", "cross-entropy"]
 BIAS_LIMIT = 2**30
 # So many samples stay with the model: the exported file is proven on them.
 PROOF_SAMPLES = 16
@@ -142,7 +143,7 @@ def calibrate(
     activations: GridRule | None = None,
     weights: GridRule | None = None,
     overrides: Mapping[str, tuple[float, float]] | None = None,
-    logits: Literal["same", "cross-entropy"] = "same",
+    logits: Logits = "same",
     correct: bool = True,
     progress: Progress = silent,
 ) -> QModel:
@@ -155,11 +156,13 @@ def calibrate(
     data. correct: the mean error of the rounded weights goes into the biases.
     """
     _check_planned(m)
+    check_choice("logits", logits, Logits)
+    overrides = {name: _ends(name, given) for name, given in (overrides or {}).items()}
     kept: list[Inputs] = []
     proof = whole(m, PROOF_SAMPLES)
     if data is None:
         observed = expect(m, overrides)
-        kept = [synthetic_inputs(m, overrides or {})]
+        kept = [synthetic_inputs(m, overrides)]
     else:
         observed = observe(m, _keeping(data, kept, proof), progress=progress)
     histograms = observed.histograms
@@ -181,7 +184,7 @@ def calibrate(
         for n, h in histograms.items()
         if h.minimum == h.maximum
     ]
-    m = set_grids(m, chosen, weights or MSE(), overrides or {}, log, inputs=observed.inputs)
+    m = set_grids(m, chosen, weights or MSE(), overrides, log, inputs=observed.inputs)
     return correct_expected(m, observed.inputs) if correct else m
 
 
@@ -251,9 +254,25 @@ def regridded(m: QModel, chosen: Mapping[str, Grid]) -> QModel:
     return replace(m, grids=grids | _clamped(m, grids))
 
 
+def _ends(name: str, given: Any) -> tuple[float, float]:
+    """A range given by hand. Raises :class:`UsageError`."""
+    try:
+        low, high = map(float, given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the range of '{name}' is {given!r}: give its ends, (lowest, highest)") from error
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"the range of '{name}' is {low:g} to {high:g}: give two finite ends, the lowest first")
+    return low, high
+
+
 def _overridden(m: QModel, overrides: Mapping[str, tuple[float, float]]) -> dict[str, Grid]:
     found = {}
+    weights = {value_name(w) for layer in layers(m.graph) if (w := weight_of(layer)) is not None}
     for name, (lo, hi) in overrides.items():
+        if name in weights:
+            raise PlacementError(
+                f"'{name}' is a weight, whose range a rule chooses for each scale: give ranges of running values"
+            )
         form = m.plan.get(name)
         if form is None:
             raise PlacementError(f"the range given for '{name}' cannot be used: the plan has no such quantized value")

@@ -36,6 +36,7 @@ _UNKNOWN_SIZE = re.compile(r"\bu\d+")  # what torch.export calls sizes that no s
 _LAST_DIGITS, _ROUNDINGS = 2.0**-23, 10.0  # where it differs by more, by so many times what roundings of parameters do
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def capture(net: nn.Module | ExportedProgram, example: Example) -> QModel:
     """Capture a network as a graph of ATen operations.
 
@@ -278,7 +279,7 @@ def _copied(program: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor], dict
         if spec is not None and spec.kind is not InputKind.USER_INPUT:
             target = str(spec.target)
             copied[node] = graph.create_node("get_attr", target)
-            params[target] = tensors[target].detach()
+            params[target] = tensors[target].detach().clone()  # the network may go on training
         elif node.op == "get_attr":
             raise CaptureError(
                 f"the network contains a sub-graph ({node.target}), as of control flow: it cannot be quantized"

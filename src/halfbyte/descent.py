@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfbyte.affine import Grid, fake_quantize, power_of_two
 from halfbyte.corrections import choose, damped, mean_bias
+from halfbyte.errors import UsageError, check_choice
 from halfbyte.graph import blocks, unblocks
 from halfbyte.grids import MSE, shaped
 from halfbyte.local import Problem, Solution
@@ -55,6 +56,13 @@ class Descent:
     unrounded: bool = False
     iterations: Literal[0] = 0
     name: Literal["descent"] = "descent"
+
+    def __post_init__(self) -> None:
+        check_choice("rounding", self.rounding, Rounding)
+        if self.rows <= 0 or not self.scales or min(self.scales) <= 0 or any(d < 0 for d in self.damping):
+            raise UsageError(f"rows and scales must be positive, and damping not negative: {self}")
+        if self.sweeps < 1 or self.rounds < 0:
+            raise UsageError(f"sweeps must be positive, and rounds not negative: {self}")
 
     @torch.no_grad()
     def solve(self, p: Problem) -> Solution:

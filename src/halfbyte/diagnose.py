@@ -39,6 +39,7 @@ _SAME = 1e-3  # noise-to-signal between float networks that should be one
 T = TypeVar("T")
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def diagnose(
     output: Result,
     data: Source | None = None,

@@ -38,9 +38,9 @@ def sloped(
 
     with torch.enable_grad():
         outputs = [y for y in run(m.as_float(), batch, tap) if y.is_floating_point() and y.requires_grad]
-    if not outputs:
-        return {}
-    slopes = [_slopes(outputs, list(seen.values()), generator) for _ in range(_DIRECTIONS)]
+        if not outputs:
+            return {}
+        slopes = [_slopes(outputs, list(seen.values()), generator) for _ in range(_DIRECTIONS)]
     found = {n: (t.detach(), [s[j] for s in slopes if s[j] is not None]) for j, (n, t) in enumerate(seen.items())}
     return {n: both for n, both in found.items() if both[1]}
 

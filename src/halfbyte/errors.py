@@ -16,6 +16,9 @@ The tree, with the exit status of the command line::
 A message names what was wrong, where (value, layer, file) and what to do about it, in one sentence or two.
 """
 
+import difflib
+from typing import Any, get_args
+
 
 class HalfbyteError(Exception):
     """Base of every deliberate error; ``exit_code`` is the status of the command line."""
@@ -73,3 +76,13 @@ class ParityError(HalfbyteError):
     def __init__(self, message: str, *, value: str | None = None) -> None:
         super().__init__(message)
         self.value = value
+
+
+def check_choice(what: str, given: object, choices: Any) -> None:
+    """Raise :class:`UsageError` for a word that is none of a ``Literal``'s."""
+    words = get_args(choices)
+    if given not in words:
+        near = difflib.get_close_matches(str(given), words, 1)
+        raise UsageError(
+            f"{what} is {given!r}: " + (f"did you mean {near[0]!r}?" if near else f"choose {' or '.join(words)}")
+        )

@@ -174,8 +174,8 @@ def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress:
         for name, value in _scored(metric, (forward, data) if both else (forward,)).items():
             scores.setdefault(name, {})[way] = value
         progress(f"evaluate {way}", i + 1, len(ways))
-    samples = getattr(data, "count", None) or 0
-    return Evaluation(samples, scores)
+    samples = getattr(data, "count", None)
+    return Evaluation(samples if isinstance(samples, int) else 0, scores)
 
 
 def _scored(metric: Metric, arguments: tuple[Any, ...]) -> dict[str, float]:

@@ -17,10 +17,10 @@ from torch import fx
 from halfbyte import engines, export_openvino
 from halfbyte.capture import quiet
 from halfbyte.engine import saturates
-from halfbyte.errors import HalfbyteError, ParityError, StoreError
+from halfbyte.errors import HalfbyteError, ParityError, StoreError, check_choice
 from halfbyte.graph import output_node
 from halfbyte.lower import lower
-from halfbyte.model import Inputs, QModel, editable
+from halfbyte.model import Example, Inputs, QModel, editable
 from halfbyte.onnx_edits import inserted
 from halfbyte.ops import (
     CLAMP_CHANNELS,
@@ -37,6 +37,7 @@ from halfbyte.ops import (
 from halfbyte.parity import Parity, codes_name, compare
 from halfbyte.parity_openvino import compare_openvino
 from halfbyte.ports import InputType, Ports, check_names, input_codes, rename_inputs, with_batch, without_rounding
+from halfbyte.run import given_in_order
 
 OPSET = 21
 _VALUE, _BITS = "halfbyte.value", "halfbyte.bits"
@@ -47,7 +48,7 @@ def export_onnx(
     m: QModel,
     path: str | Path,
     *,
-    samples: Inputs | None = None,
+    samples: Example | None = None,
     metadata: Mapping[str, str] | None = None,
     container: Container = "packed",
     static_batch: int | None = None,
@@ -63,10 +64,11 @@ def export_onnx(
     file then stays beside as ``<name>.unproven.onnx``.
     """
     path = Path(path)
+    check_choice("container", container, Container)
     engines.require(engines.engine_of(m))
     ports = Ports(static_batch, input_names, output_names, input_type)
     check_names(m, ports)
-    low, proof = lowered(m, ports, samples)
+    low, proof = lowered(m, ports, None if samples is None else given_in_order(m, samples))
     fixed = low if ports.static_batch is None else with_batch(low, ports.static_batch)
     model = to_onnx(fixed, metadata=metadata, container=container)
     if ports.input_names is not None:

@@ -32,6 +32,8 @@ class Format:
     narrow: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not hasattr(self.bits, "__index__"):
+            raise FormatError(f"a width is {self.bits!r}: give a whole number of bits")
         if not SMALLEST_BITS <= self.bits <= LARGEST_BITS:
             raise FormatError(
                 f"{self.bits} bits are not supported: choose a width from {SMALLEST_BITS} to {LARGEST_BITS}"

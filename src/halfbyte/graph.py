@@ -65,7 +65,7 @@ def twin_of(layer: fx.Node) -> fx.Node | None:
     weight = weight_of(layer)
     if weight is None or value_name(layer).endswith(RESIDUAL):
         return None
-    others = [n for n in weight.users if n is not layer and value_name(n).endswith(RESIDUAL)]
+    others = [n for n in weight.users if n is not layer and n.op != "output" and value_name(n).endswith(RESIDUAL)]
     # Of a weight that several layers share, each has its own twin, whose output is added to the layer's.
     sums = list(layer.users)
     while others and sums:

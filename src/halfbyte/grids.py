@@ -213,7 +213,10 @@ class MinMax:
 
 @dataclass(frozen=True)
 class Percentile:
-    """The range between two quantiles: ``share`` of the values of a tensor (or of a row of a parameter) stay inside."""
+    """The range between two quantiles: ``share`` of the values of a tensor (or of a row of a parameter) stay inside.
+
+    Each end of a running value gives up half of the rest, also where it has only one, as behind ReLU.
+    """
 
     share: float = 0.9999
     name: Literal["percentile"] = "percentile"

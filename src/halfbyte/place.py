@@ -112,7 +112,7 @@ def place(
             raise PlacementError(
                 f"target {target.name} runs {what} of {target.widths[0]} to {target.widths[-1]} bits, not {bits}: choose one of these"
             )
-    m = replace(m, graph=editable(m.graph))
+    m = replace(m, graph=editable(m.graph)) if not m.plan else unplaced(m)  # another plan needs other grids
     check_overrides(m, overrides, target)
     marks = _mark(m.graph, target, overrides)
     _insert_requantize(m.graph, marks)
@@ -206,7 +206,8 @@ def _insert_narrow(graph: fx.Graph, marks: _Marks) -> None:
 
 def _scale_axis(layer: fx.Node) -> int | None:
     """Along which dimension of its weight a layer's output channels lie; None if they are spread over groups of inputs."""
-    if layer.target is CONV_TRANSPOSE and groups(layer) > 1 and weight_of(layer).meta["shape"][1] != 1:  # type: ignore[union-attr]
+    inputs, outputs = weight_of(layer).meta["shape"][:2]  # type: ignore[union-attr]
+    if layer.target is CONV_TRANSPOSE and groups(layer) > 1 and (outputs != 1 or inputs != groups(layer)):
         return None
     return channel_axis(layer)
 

@@ -32,6 +32,7 @@ Network = QModel | nn.Module | ExportedProgram | str | PathLike[str]
 _CHOSEN = ("budget", "recipe", "rounding", "iterations", "activation_range", "weight_range", "logit_range")
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def quantize(
     network: Network,
     calibration: Source | None = None,

@@ -36,6 +36,8 @@ class Recipe:
     def changed(self, step: str, **options: Any) -> "Recipe":
         """The same recipe with options of one step set where they are not None."""
         given = {k: v for k, v in options.items() if v is not None}
+        if given and step not in STEPS:
+            raise UsageError(f"there is no step '{step}': choose one of {', '.join(STEPS)}")
         return replace(self, steps=tuple({**s, **given} if s["step"] == step else s for s in self.steps))
 
     def without(self, step: str) -> "Recipe":

@@ -1,5 +1,6 @@
 """Layer after layer, weights that make the quantized network's layers put out what the float network's do."""
 
+import copy
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 
 from halfbyte.affine import Grid, fake_quantize, quantize
 from halfbyte.calibrate import Progress, least_scale, regridded, saturates, silent, whole_biases
-from halfbyte.errors import DataError, HalfbyteWarning, StoreError, UsageError
+from halfbyte.errors import DataError, HalfbyteWarning, StoreError, UsageError, VerifyError, check_choice
 from halfbyte.graph import bias_of, effort, layers, twin_of, weight_of
 from halfbyte.local import LayerSolver, Problem, Solution
 from halfbyte.model import Inputs, LogEntry, QModel, value_name
@@ -33,15 +34,18 @@ HELD_OUT = 8  # one sample of so many decides, the others fit
 _HELD_OUT_ROWS = 4096
 _GRID = ("scale", "zero", "lo", "hi")
 _LONG = 600.0  # seconds that a user should know of beforehand
+Read = Literal["quantized", "float"]
+_OFF_GRID = 1e-5  # of the largest weight
 _PROBE = 10  # iterations that tell how long a learned method takes
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def reconstruct(
     m: QModel,
     data: Iterable[Inputs],
     solver: LayerSolver,
     *,
-    inputs: Literal["quantized", "float"] = "quantized",
+    inputs: Read = "quantized",
     activations: bool = True,
     seed: int = 0,
     budget: int | None = None,
@@ -59,6 +63,7 @@ def reconstruct(
     that keeps each solved layer; layers found there are not solved again, and Ctrl-C ends behind the layer at work. Raises
     :class:`UsageError` for a model without grids and :class:`DataError` where there are no data.
     """
+    check_choice("inputs", inputs, Read)
     if not m.grids or m.target is None:
         raise UsageError("there is no grid to round to yet: call place and calibrate before reconstruct")
     fit, held = (list(portions(m, part)) for part in split(data, unit=fixed_batch(m)))
@@ -227,9 +232,12 @@ def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid
     weight = weight_of(p.layer)
     assert weight is not None
     before = p.loss(fake_quantize(m.parameters[str(weight.target)], p.grid), p.bias)
-    found = solver.solve(p)
+    with torch.enable_grad():  # it may need gradients, and is not to change the network's own weights
+        found = solver.solve(replace(p, weight=p.weight.clone()))
+    found = replace(found, weight=found.weight.detach(), bias=None if found.bias is None else found.bias.detach())
     if not all(bool(torch.isfinite(t).all()) for t in (found.weight, found.grid.scale)):
         return _Solved(None, f"left as it is, for {solver.name} ended in NaN or infinity")
+    _check_solution(p, solver.name, found)
     judged = p if found.input_grid is None else replace(p, held_out=held_out(found.input_grid))
     after = judged.loss(found.weight, p.bias if found.bias is None else found.bias)
     signal = max(float(p.held_out.outputs.double().square().mean(1).sum()), 1e-30)
@@ -242,6 +250,19 @@ def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid
     steps = ", ".join(f"{n} by {i}" for i, n in moved.items() if i != "0") or "none"
     note = f" ({found.note})" if found.note else ""
     return _Solved(found, f"{solver.name}{note}: {shown}; weights moved in steps: {steps}", figures)
+
+
+def _check_solution(p: Problem, method: str, s: Solution) -> None:
+    """Raises :class:`VerifyError` for a weight that the plan's format cannot hold."""
+    where = f"the solution of {method} for layer '{value_name(p.layer)}'"
+    low, high = int(s.grid.lo.min()), int(s.grid.hi.max())
+    if low < p.form.lo or high > p.form.hi:
+        raise VerifyError(f"{where} has codes {low} to {high}, and {p.form} holds {p.form.lo} to {p.form.hi}")
+    if s.weight.shape != p.weight.shape:
+        raise VerifyError(f"{where} has shape {list(s.weight.shape)}, and the weight has {list(p.weight.shape)}")
+    off = (fake_quantize(s.weight, s.grid) - s.weight).abs()
+    if float(off.max()) > _OFF_GRID * float(s.weight.abs().max()):
+        raise VerifyError(f"{where} does not lie on its grid: return hb.fake_quantize(weight, grid)")
 
 
 def moves(weight: Tensor, before: Tensor, grid: Grid) -> dict[str, int]:
@@ -292,7 +313,9 @@ class _Clock:
 
 
 def _with_iterations(solver: LayerSolver, count: int) -> LayerSolver:
-    return replace(solver, iterations=count)  # type: ignore[type-var]
+    found = copy.copy(solver)
+    object.__setattr__(found, "iterations", count)  # of any kind, frozen too
+    return found
 
 
 class Kept:

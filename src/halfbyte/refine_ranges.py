@@ -29,6 +29,7 @@ _ROUNDS, _WORTH, _LITTLE = (
 _MOST = 32  # samples whose activations and gradients are held at a time
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def refine_ranges(
     m: QModel,
     data: Iterable[Inputs],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from halfbyte.affine import fake_quantize
-from halfbyte.errors import UsageError
+from halfbyte.errors import DataError, UsageError
 from halfbyte.graph import extent, output_values
 from halfbyte.model import Example, Inputs, Outputs, Params, QModel, Tap, value_name
 from halfbyte.ops import CLAMP_CHANNELS, is_tensor
@@ -121,6 +121,7 @@ def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator
     fixed = fixed_batch(m)
     count = fixed or (min(most, fitting(m, m.graph.nodes)) if free else 0)
     for batch in data:
+        check_given(m, batch, finite=True)
         for i in range(0, len(batch[0]), count or max(1, len(batch[0]))):
             if fixed is None or i + fixed <= len(batch[0]):
                 yield tuple(t[i : i + count] for t in batch) if count else batch
@@ -190,18 +191,33 @@ def given_in_order(m: QModel, x: Example) -> Inputs:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
-def check_given(m: QModel, x: Inputs) -> None:
-    """Raises :class:`UsageError` for what is no batch: another number of inputs, or of dimensions."""
+def check_given(m: QModel, x: Inputs, *, finite: bool = False) -> None:
+    """Raises :class:`UsageError` for what is no batch: another number of inputs, other sizes than the network takes.
+
+    finite: and :class:`DataError` for NaN and infinity, of which nothing can be learnt.
+    """
     if len(x) < len(m.inputs):
         raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given")
-    for node, given in zip(m.inputs, x, strict=False):
+    every: Sequence[Any] = x
+    for node, given in zip(m.inputs, every, strict=False):
         sizes = node.meta["shape"]
-        if isinstance(given, Tensor) and given.ndim != len(sizes):
-            takes = ", ".join(map(str, sizes))
+        if not hasattr(given, "to"):
             raise UsageError(
-                f"input '{node.target}' has shape {list(given.shape)}, and the network takes [{takes}]: give a list of batches, "
-                "[(x,)] for a single one"
+                f"input '{node.target}' is of type {type(given).__name__}: give batches of tensors, such as [(x,)]"
             )
+        if not isinstance(given, Tensor):
+            continue  # what stands for a tensor, such as its moments
+        takes = (
+            f"input '{node.target}' has shape {list(given.shape)}, and the network takes [{', '.join(map(str, sizes))}]"
+        )
+        if given.ndim != len(sizes):
+            raise UsageError(f"{takes}: give a list of batches, [(x,)] for a single one")
+        if any(isinstance(s, int) and s != g for s, g in zip(sizes[1:], given.shape[1:], strict=True)):
+            raise UsageError(takes)
+        if sizes and not len(given):
+            raise UsageError(f"input '{node.target}' holds no sample")
+        if finite and given.is_floating_point() and not bool(torch.isfinite(given).all()):
+            raise DataError(f"input '{node.target}' holds NaN or infinity: repair the data or leave the sample out")
 
 
 def run(

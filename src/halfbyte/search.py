@@ -108,6 +108,7 @@ class Found(Shown):
         }
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def search(
     model: QModel,
     data: Source,
@@ -140,7 +141,9 @@ def search(
     held = 0 if validation is not None else min(_MOST, max(_FEWEST, math.ceil(_PER_EVENT * 100 / max_drop)))
     source = Hashed(load_samples(model, data, preprocess=preprocess, samples=samples + held, batch=batch, seed=seed))
     fit, out = _split(source.samples(), samples, held, fixed_batch(model) or 1)
-    portions: list[Portion] = [(x, None) for x in out] if validation is None else list(validation)
+    portions: list[Portion] = [(x, None) for x in out]
+    if validation is not None:
+        portions = [((x,) if isinstance(x, torch.Tensor) else tuple(x), y) for x, y in validation]
     if not portions:
         raise DataError("there are no samples to judge by")
     common = {"target": target, "weight_bits": weight_bits, "activation_bits": activation_bits, "samples": samples,

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from halfbyte.affine import fake_quantize
 from halfbyte.calibrate import Progress, silent
-from halfbyte.errors import DataError, UsageError
+from halfbyte.errors import DataError, UsageError, check_choice
 from halfbyte.graph import output_values
 from halfbyte.losses import comparable
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
 from halfbyte.reconstruct import HELD_OUT, unseen_first
-from halfbyte.run import fitting, fixed_batch, keep, laid_out, last_uses, run, simulate, steps, whole
+from halfbyte.run import check_given, fitting, fixed_batch, keep, laid_out, last_uses, run, simulate, steps, whole
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
 Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
@@ -78,6 +78,7 @@ def sensitivity(
     runs again, so a unit costs half a pass on average. Raises :class:`UsageError` for candidates of different graphs,
     :class:`DataError` without data.
     """
+    check_choice("metric", metric, Metric)
     candidates = {widths: comparable(m) for widths, m in candidates.items()}
     u = units(candidates)
     portions = _portions(candidates[max(candidates)], data, samples, labelled=metric == "loss")
@@ -96,6 +97,7 @@ def sensitivity(
 @torch.no_grad()
 def output_loss(m: QModel, data: Iterable[Any], *, metric: Metric = "divergence", samples: int = 64) -> float:
     """The loss of a whole model as simulated, in the units of :func:`sensitivity`: what its predictions are to be held against."""
+    check_choice("metric", metric, Metric)
     m = comparable(m)
     return _mean(_whole(m, _portions(m, data, samples, labelled=metric == "loss"), _judge(m, metric)))
 
@@ -132,6 +134,7 @@ def _portions(m: QModel, data: Iterable[Any], samples: int, *, labelled: bool) -
     count = fixed_batch(m) or min(_MOST, fitting(m, m.graph.nodes))
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     taken = tuple(t[: whole(m, min(samples, len(joined[0])))] for t in joined)
+    check_given(m, taken[:-1] if labelled else taken, finite=True)
     parts = zip(*(torch.split(t, count) for t in taken), strict=True)
     return [(part[:-1], part[-1]) if labelled else (part, None) for part in parts]
 

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 import jinja2
+import torch
 
 from halfbyte.budgets import SHOWN
 from halfbyte.calibrate import Progress, silent
@@ -27,6 +28,7 @@ _WIDTH, _HEIGHT, _MARGIN = 760, 380, 56  # of the plot, in its own units
 _LEAST = 1e-7
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def tradeoff(
     network: Network,
     calibration: Source,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.blocks import blocks_of, end_of
 from halfbyte.calibrate import Progress, silent
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, check_choice
 from halfbyte.graph import is_real, macs, output_values
 from halfbyte.losses import Loss, classifies, comparable, divergence, noise_of, relative_error
 from halfbyte.model import Inputs, LogEntry, Outputs, QModel
@@ -32,6 +32,7 @@ _MIXED = 0.5  # share of the samples that are mixed with others
 _LARGE = 0.15  # of a relative error; steps do not grow with what is worse, for such networks are easily upset
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def tune(
     m: QModel,
     data: Iterable[Inputs],
@@ -67,6 +68,7 @@ def tune(
     without grids, an empty or unknown ``learn``, and a divergence of outputs that are no classes.
     """
     given, m = m, comparable(m)
+    check_choice("loss", loss, Loss)
     _check(m, learn, loss, iterations, batch)
     fixed, batch = fixed_batch(m), whole(m, batch)
     fit, held = split(data, unit=fixed)

@@ -103,7 +103,7 @@ def walk(
         if not batches:
             raise DataError("there are no data to work with")
         for batch in batches:
-            check_given(m, batch)
+            check_given(m, batch, finite=True)
         reference.start(len(batches))
         stream.start(len(batches))
         segments = _segments(m)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from halfbyte.chains import Link, Pair, Stream, outputs, pairs, streams
 from halfbyte.channels import Seen, clipped, expected, measured
-from halfbyte.errors import UsageError
+from halfbyte.errors import UsageError, check_choice
 from halfbyte.graph import (
     bias_of,
     blocks,
@@ -45,6 +45,7 @@ _SHARPNESS = 32.0  # the power whose norm stands for a maximum
 _STEPS, _RATE, _SEARCH_EVERY = 600, 0.03, 4  # of the descent, in logarithms of factors; steps cost little
 
 
+@torch.inference_mode(False)  # gradients, whatever the caller has turned off
 def equalize(
     m: QModel,
     data: Iterable[Inputs] | None = None,
@@ -67,6 +68,8 @@ def equalize(
     fixed: names of values that stay as they are, because somebody knows their range. Raises :class:`UsageError` for a model that
     is placed already.
     """
+    check_choice("method", method, Method)
+    check_choice("ranges", ranges, Ranges)
     if m.plan:
         raise UsageError("equalize changes float weights: call it before place")
     legal, log = pairs(m.graph)

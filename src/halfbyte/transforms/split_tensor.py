@@ -145,6 +145,8 @@ def _why_not(m: QModel, layer: fx.Node) -> str:
     weight, bias = weight_of(layer), bias_of(layer)
     if layer.target is CONV_TRANSPOSE:
         return "kernels of a transposed convolution are not split"
+    if m.plan[value_name(weight)].power_of_two:  # type: ignore[arg-type,union-attr]
+        return "its scales are powers of two, which two tensors do not share"
     if len(weight.users) > 1 or (bias is not None and len(bias.users) > 1):  # type: ignore[union-attr]
         return "its parameters are shared"
     if value_name(weight).endswith(SECOND) or f"{value_name(weight)}{SECOND}" in m.params:  # type: ignore[arg-type]
