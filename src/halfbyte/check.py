@@ -1,5 +1,6 @@
 """Limits on a result, each with the number that was measured: for a pipeline that must not ship what misses one."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from halfbyte.evaluate import paired
 from halfbyte.model import QModel
 from halfbyte.output import Result, folder_of, open_output
 from halfbyte.preprocess import Preprocess
+from halfbyte.prove import is_proven_file
 from halfbyte.scoring import decisions, open_data
 from halfbyte.shown import Shown
 
@@ -91,12 +93,19 @@ def check(
     """
     if max_drop is None and max_size is None and min_speedup is None:
         raise UsageError("there is no limit to check: give --max-drop, --max-size or --min-speedup")
+    for name, limit_ in (("max_drop", max_drop), ("min_speedup", min_speedup)):
+        if limit_ is not None and not 0 <= limit_ < math.inf:
+            raise UsageError(f"{name} is {limit_:g}: give a number that is not negative")
     size = None if max_size is None else parse_size(max_size)
     folder = folder_of(output, "limits are held by a result with its file")
     m, file, kept, described = open_output(folder)
     parity = described.get("parity")
     if file is None or not parity or not parity["proven"]:
         raise ParityError(f"'{folder}' has no proven model.onnx: there is nothing that may be used")
+    if not is_proven_file(file):
+        raise ParityError(
+            f"'{file}' is not the file that was proven: it was damaged or replaced, so quantize again or copy it anew"
+        )
     source = open_data(m, data, unlabelled, preprocess=preprocess or kept, limit=limit, batch=batch)
     limits = []
     if size is not None:

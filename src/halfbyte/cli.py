@@ -95,7 +95,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 )
 @click.option("--samples", default=256, help="Calibration samples to use.")
 @click.option("--batch", default=32, help="Samples at a time.")
-@click.option("--seed", default=0, help="Chooses the samples.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
 @click.option("--data-free", is_flag=True, help="Use no data: batch norms tell the ranges.")
 @click.option(
     "--recipe",
@@ -165,7 +165,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     help="uint8: the file takes raw pixels, where one whole mean and one std make them codes.",
 )
 @click.option("--encodings", is_flag=True, help="AIMET encodings and a float ONNX file too, for Qualcomm's tools.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on where the same command was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
 @click.option("--weights", hidden=True, expose_value=False, callback=_no_weights, is_eager=True)
@@ -323,7 +323,7 @@ def _command() -> str:
 )
 @click.option("--limit", type=int, help="Use only so many samples.")
 @click.option("--batch", default=50, help="Samples at a time.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @preprocess_options
 @output_options
 def evaluate(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -340,7 +340,7 @@ def evaluate(output: Path, threads: int | None, as_json: bool, quiet: bool, **op
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--rounds", default=50, help="Interleaved rounds.")
 @click.option("--batch", default=1, help="Samples at a time.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @output_options
 def benchmark(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Time the exported file of OUT against the float network, in the same engine and process."""

@@ -41,7 +41,7 @@ def earlier(
     type=click.Choice(["packed", "int8"]),
     help="How weights of 4 and fewer bits are stored [default: as before].",
 )
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
 @output_options
 def export(source: Path, output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:

@@ -31,7 +31,7 @@ _UNLABELLED = "Data without labels: decisions that differ from the float network
 @click.option("--unlabelled", metavar="DATA", help=_UNLABELLED)
 @click.option("--limit", type=click.IntRange(1), help="Use only so many samples.")
 @click.option("--batch", default=50, help="Samples at a time.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @preprocess_options
 @output_options
 def check(output: Path, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -55,7 +55,7 @@ def check(output: Path, threads: int | None, as_json: bool, quiet: bool, **optio
 @click.option("--rounds", default=30, help="Of --benchmark.")
 @click.option("--limit", type=click.IntRange(1), help="Use only so many samples.")
 @click.option("--batch", default=50, help="Samples at a time.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write the comparison as a page, too.")
 @preprocess_options
 @output_options
@@ -104,7 +104,7 @@ def doctor(as_json: bool, quiet: bool) -> None:
 
 @click.command()
 @click.argument("target", required=False)
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @output_options
 def targets(target: str | None, threads: int | None, as_json: bool, quiet: bool) -> None:
     """List the targets; for TARGET, what each operation and width is worth, measured here once and remembered."""

@@ -39,7 +39,7 @@ def check_limit(described: dict[str, Any], quiet: bool) -> None:
 )
 @click.option("--samples", default=32, type=click.IntRange(1), help="How many of them.")
 @click.option("--no-repairs", is_flag=True, help="Do not try repairs, which takes longest.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @preprocess_options
 @output_options
 def diagnose(output: Path, no_repairs: bool, threads: int | None, as_json: bool, quiet: bool, **options: Any) -> None:

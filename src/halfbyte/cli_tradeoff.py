@@ -31,8 +31,8 @@ from halfbyte.console import (
 @click.option("--uniform", is_flag=True, help="The first and the last layer have no 8 bits of their own.")
 @click.option("--samples", type=click.IntRange(1), default=256, help="Calibration samples to use.")
 @click.option("--batch", type=click.IntRange(1), default=32, help="Samples at a time.")
-@click.option("--seed", default=0, help="Chooses the samples.")
-@click.option("--threads", type=int, help="[default: all cores]")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
 @network_options
 @preprocess_options
 @output_options

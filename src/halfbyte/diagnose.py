@@ -19,7 +19,7 @@ from halfbyte.causes import RULES
 from halfbyte.data import Source
 from halfbyte.diagnosis import Cause, Channels, Diagnosis, Repair, Step, Verdict
 from halfbyte.errors import DataError, HalfbyteError, UsageError
-from halfbyte.evidence import FINE, POINTS, Evidence
+from halfbyte.evidence import FINE, POINTS, Evidence, lies_in
 from halfbyte.losses import comparable
 from halfbyte.lower import lower
 from halfbyte.matching import SHIFT, match
@@ -67,6 +67,8 @@ def diagnose(
         unproven = Path(output) / UNPROVEN
         file = exported or (unproven if unproven.exists() else None)
     command = command or described.get("command") or ""
+    if not isinstance(output, QModel):
+        command = lies_in(command, Path(output))
     if not m.grids:
         raise UsageError("there is nothing to diagnose: the model has no grids; call hb.quantize first")
     as_exported, m = m, comparable(m)

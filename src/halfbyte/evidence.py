@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -19,6 +20,13 @@ WORTH = 0.01  # of noise (20 dB), or of the work: below, there is nothing to loo
 FINE = 0.05  # noise-to-signal at the outputs (13 dB): on trained classifiers about a point of decisions flips from there on
 POINTS = 1.0  # of accuracy: the white paper's threshold for its second box
 GAIN = 0.3  # of the output's noise: what explains less is not what to begin with
+
+
+def lies_in(command: str, folder: Path) -> str:
+    """The command that made a result, as if it had been written where it lies now."""
+    words = shlex.split(command)
+    at = next((i for i, w in enumerate(words) if w in ("-o", "--output")), len(words))
+    return shlex.join([*words[:at], "-o", str(folder), *words[at + 2 :]]) if words else ""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,10 @@ def load_callable(spec: str) -> Callable[..., Any]:
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise UsageError(f"{spec!r} names no function; write 'path/file.py:function' or 'package.module:function'")
+        absent = "" if Path(spec).exists() else ", and there is no file or folder of that name"
+        raise UsageError(
+            f"{spec!r} names no function{absent}; write 'path/file.py:function' or 'package.module:function'"
+        )
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
     if not hasattr(module, name):
         valid = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -80,7 +83,7 @@ def stream(source: Any, name: str, limit: int | None, convert: Callable[[object,
             elif seen[index] != digest:
                 raise DataError(
                     f"batch {index} of {name} differs from the one of an earlier pass; turn off shuffling and random "
-                    "augmentation, or give a list of the batches"
+                    "augmentation, seed what draws random numbers, or give a list of the batches that stays the same"
                 )
             if flat:
                 yield flat

@@ -51,7 +51,9 @@ def check_names(m: QModel, ports: Ports) -> None:
         names += given or own
     double = next((n for n in names if names.count(n) > 1 or not n), None)
     if double is not None:
-        raise UsageError(f"the name '{double}' is given twice, or is empty: inputs and outputs need names of their own")
+        raise UsageError(
+            f"the name '{double}' is given twice, or is empty: inputs and outputs need names of their own: give --output-names"
+        )
 
 
 def pixel_grid(preprocess: Preprocess) -> Grid:

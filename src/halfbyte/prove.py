@@ -92,6 +92,12 @@ def prove(folder: str | Path) -> Proof:
         raise StoreError(f"'{stored}' is damaged: {type(error).__name__} {error}") from error
 
 
+def is_proven_file(file: Path) -> bool:
+    """Whether a file is, byte for byte, the one that the ``proof.npz`` beside it was made for; where there is none, nobody can tell."""
+    stored = file.with_name(PROOF)
+    return not stored.exists() or hashlib.sha256(file.read_bytes()).hexdigest() == read(stored)[0]["model"]
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Description and arrays of a ``proof.npz``. Raises :class:`StoreError`."""
     try:

@@ -8,6 +8,7 @@ import json
 import math
 import operator
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ def save(m: QModel, folder: str | Path) -> None:
         # safetensors refuses tensors that share memory, as tied weights do
         save_file({k: t.detach().contiguous().clone() for k, t in tensors.items()}, folder / f".{_TENSORS}")
         (folder / f".{_GRAPH}").write_text(json.dumps(_describe(m)), encoding="utf-8")
+        shutil.copymode(folder / f".{_GRAPH}", folder / f".{_TENSORS}")  # safetensors lets nobody else read
         for name in (_TENSORS, _GRAPH):
             os.replace(folder / f".{name}", folder / name)
     except (OSError, SafetensorError) as error:

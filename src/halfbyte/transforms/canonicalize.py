@@ -254,6 +254,37 @@ def spatial_mean(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: li
     return True
 
 
+def spatial_maximum(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
+    """The maximum over all spatial dimensions -> a maximum over one window, which moves codes as they are."""
+    reduced = node
+    if node.target is operator.getitem and node.args[1] == 0 and base_name(node.args[0]) == "max":  # type: ignore[arg-type]
+        reduced = node.args[0]  # type: ignore[assignment]
+    elif base_name(node) != "amax":
+        return False
+    source, dims = (reduced.args[0] if reduced.args else None), argument(reduced, 1, "dim", ())
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_real(source):
+        return False
+    shape = source.meta["shape"]
+    spatial, rank = shape[2:], len(shape) - 2
+    if (
+        not 1 <= rank <= len(_MAXIMA)
+        or not all(isinstance(s, int) for s in spatial)
+        or not isinstance(dims, int | list | tuple)
+    ):
+        return False
+    if sorted(d % len(shape) for d in _integers(dims, 1)) != list(range(2, len(shape))):
+        return False
+    pool, windows = _MAXIMA[rank - 1], (list(spatial), list(spatial))
+    if argument(reduced, 2, "keepdim", False):
+        _rewrite(graph, node, pool, (source, *windows))
+        return True
+    with graph.inserting_before(node):
+        pooled = graph.create_node("call_function", pool, (source, *windows))
+    pooled.meta = {**node.meta, "value": node.meta["value"] + ".pool", "shape": (*shape[:2], *[1] * rank)}
+    _rewrite(graph, node, aten.flatten.using_ints, (pooled, 1))
+    return True
+
+
 def product_with_parameter(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """``x @ W`` and ``addmm`` with a parameter are linear layers; their weight is stored transposed."""
     name = base_name(node)
@@ -357,6 +388,7 @@ _RULES: tuple[Rule, ...] = (
     explicit_transposed,
     count_inside,
     spatial_mean,
+    spatial_maximum,
     product_with_parameter,
     split_attention,
 )
