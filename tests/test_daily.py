@@ -77,6 +77,39 @@ def test_check_in_a_pipeline(done: Path) -> None:
     assert files(done / "out") == before
 
 
+def test_a_file_that_was_not_proven(done: Path, tmp_path: Path) -> None:
+    for name, content in (("cut", b"short"), ("other", (done / "few" / "model.onnx").read_bytes())):
+        shutil.copytree(done / "out", tmp_path / name)
+        (tmp_path / name / "model.onnx").write_bytes(content)
+        result = halfbyte("check", tmp_path / name, "--max-size", "5MB")
+        assert result.exit_code == 4
+        assert "is not the file that was proven" in result.output
+    assert halfbyte("check", done / "out", "--max-size", "5MB").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--threads", 0), ("--threads", -1), ("--max-drop", "nan"), ("--max-drop", "inf"), ("--min-speedup", "nan")],
+)
+def test_numbers_that_make_no_sense(done: Path, options: tuple[str, object]) -> None:
+    result = halfbyte("check", done / "out", "--max-size", "5MB", *options)
+    assert result.exit_code == 2
+
+
+def test_a_seed_that_makes_no_sense(tmp_path: Path) -> None:
+    result = halfbyte("quantize", network(tmp_path, "pair"), "--data-free", "-o", tmp_path / "out", "--seed", -1)
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_was_moved(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "out", tmp_path / "moved here")
+    result = halfbyte("diagnose", tmp_path / "moved here", "--no-repairs", "--threads", 1)
+    assert f"halfbyte evaluate '{tmp_path / 'moved here'}'" in result.output
+    modes = {p.stat().st_mode for p in (done / "out" / "checkpoint").iterdir()}
+    assert len(modes) == 1  # who may read one may read the other
+
+
 def test_check_uses_what_was_measured_before(done: Path) -> None:
     out = shutil.copytree(done / "few", done / "evaluated")
     assert halfbyte("evaluate", out, "--data", done / "labelled.npz", "-q").exit_code == 0

@@ -257,6 +257,37 @@ def test_two_tensors_on_powers_of_two() -> None:
     assert any("powers of two" in entry.message for entry in m.log)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("rank", "function"),
+    [
+        (1, lambda x: x.max(-1).values),
+        (2, lambda x: x.amax((2, 3))),
+        (2, lambda x: x.amax((-1, -2), keepdim=True).flatten(1)),
+        (3, lambda x: x.amax((2, 3, 4))),
+    ],
+)
+def test_the_maximum_over_all_positions(
+    target: str, rank: int, function: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](3, 8, 3)
+            self.last = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(function(nn.functional.elu(self.first(x))))  # type: ignore[no-any-return]
+
+    if target == "openvino":
+        pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.randn(32, 3, *[7] * rank)
+    m = hb.quantize(net, x, target=target)
+    torch.testing.assert_close(hb.predict(m.as_float(), x)[0], net(x))
+    assert "no difference" in str(hb.export_onnx(m, tmp_path / "net.onnx"))
+
+
 def test_validation_of_single_tensors() -> None:
     labels = network()(pictures()).argmax(1)
     found = hb.search(captured(), pictures(), max_drop=50, validation=[(pictures(), labels)])

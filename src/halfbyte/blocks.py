@@ -23,7 +23,7 @@ from halfbyte.model import Inputs, LogEntry, QModel, value_name
 from halfbyte.ops import Kind, is_tensor, kind
 from halfbyte.reconstruct import Kept, split
 from halfbyte.refinement import LEARNED, Clock, Env, Part, Rates, Refined, Rounding, descend, execute
-from halfbyte.run import check_given, fitting, fixed_batch, laid_out, last_uses
+from halfbyte.run import check_finite, check_given, fitting, fixed_batch, laid_out, last_uses
 from halfbyte.store import load, save
 
 _KEPT = "blocks"  # the folder of the model behind the last finished block
@@ -93,7 +93,8 @@ def refine(
     m, done = _resumed(m, kept, store.identity)
     fit, held = split(data)
     for batch in (*fit, *held):
-        check_given(m, batch, finite=True)
+        check_given(m, batch)
+        check_finite(m, batch)
     samples = tuple(torch.cat(parts) for parts in zip(*fit, *held, strict=True))
     count = sum(len(b[0]) for b in fit)
     found = blocks_of(m, options.layers)

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from halfbyte.engine import fuses_additions, multiply_add
+from halfbyte.errors import UsageError
 from halfbyte.lower import lower
 from halfbyte.model import Example, Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.ops import (
@@ -91,6 +92,8 @@ def predict(m: QModel, x: Example) -> Outputs:
     call :func:`lower` once and :func:`run_integer` for each.
     """
     x = given_in_order(m, x)
+    if x and x[0].shape[:1] == (0,):
+        raise UsageError("the batch holds no sample")
     if not m.grids:
         with torch.inference_mode():
             return in_batches(m, x, lambda some: run(m, some))

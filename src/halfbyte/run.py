@@ -121,7 +121,7 @@ def portions(m: QModel, data: Iterable[Inputs], most: int = 1 << 10) -> Iterator
     fixed = fixed_batch(m)
     count = fixed or (min(most, fitting(m, m.graph.nodes)) if free else 0)
     for batch in data:
-        check_given(m, batch, finite=True)
+        check_finite(m, batch)
         for i in range(0, len(batch[0]), count or max(1, len(batch[0]))):
             if fixed is None or i + fixed <= len(batch[0]):
                 yield tuple(t[i : i + count] for t in batch) if count else batch
@@ -191,11 +191,15 @@ def given_in_order(m: QModel, x: Example) -> Inputs:
     return (x,) if isinstance(x, Tensor) else tuple(x)
 
 
-def check_given(m: QModel, x: Inputs, *, finite: bool = False) -> None:
-    """Raises :class:`UsageError` for what is no batch: another number of inputs, other sizes than the network takes.
+def check_finite(m: QModel, x: Inputs) -> None:
+    """Raises :class:`DataError` for NaN and infinity, of which nothing can be learnt."""
+    for node, given in zip(m.inputs, x, strict=False):
+        if isinstance(given, Tensor) and given.is_floating_point() and not bool(torch.isfinite(given).all()):
+            raise DataError(f"input '{node.target}' holds NaN or infinity: repair the data or leave the sample out")
 
-    finite: and :class:`DataError` for NaN and infinity, of which nothing can be learnt.
-    """
+
+def check_given(m: QModel, x: Inputs) -> None:
+    """Raises :class:`UsageError` for what is no batch: another number of inputs, of dimensions or of channels."""
     if len(x) < len(m.inputs):
         raise UsageError(f"the network takes {len(m.inputs)} inputs, {len(x)} were given")
     every: Sequence[Any] = x
@@ -212,12 +216,8 @@ def check_given(m: QModel, x: Inputs, *, finite: bool = False) -> None:
         )
         if given.ndim != len(sizes):
             raise UsageError(f"{takes}: give a list of batches, [(x,)] for a single one")
-        if any(isinstance(s, int) and s != g for s, g in zip(sizes[1:], given.shape[1:], strict=True)):
+        if len(sizes) > 2 and isinstance(sizes[1], int) and sizes[1] != given.shape[1]:
             raise UsageError(takes)
-        if sizes and not len(given):
-            raise UsageError(f"input '{node.target}' holds no sample")
-        if finite and given.is_floating_point() and not bool(torch.isfinite(given).all()):
-            raise DataError(f"input '{node.target}' holds NaN or infinity: repair the data or leave the sample out")
 
 
 def run(

@@ -23,7 +23,19 @@ from halfbyte.losses import comparable
 from halfbyte.model import Inputs, Outputs, QModel, Tap, value_name
 from halfbyte.proxies import proxies
 from halfbyte.reconstruct import HELD_OUT, unseen_first
-from halfbyte.run import check_given, fitting, fixed_batch, keep, laid_out, last_uses, run, simulate, steps, whole
+from halfbyte.run import (
+    check_finite,
+    check_given,
+    fitting,
+    fixed_batch,
+    keep,
+    laid_out,
+    last_uses,
+    run,
+    simulate,
+    steps,
+    whole,
+)
 from halfbyte.units import Candidates, Choice, Units, merged, units
 
 Metric = Literal["divergence", "outputs", "loss", "noise", "second-order"]
@@ -134,7 +146,8 @@ def _portions(m: QModel, data: Iterable[Any], samples: int, *, labelled: bool) -
     count = fixed_batch(m) or min(_MOST, fitting(m, m.graph.nodes))
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     taken = tuple(t[: whole(m, min(samples, len(joined[0])))] for t in joined)
-    check_given(m, taken[:-1] if labelled else taken, finite=True)
+    check_given(m, taken[:-1] if labelled else taken)
+    check_finite(m, taken[:-1] if labelled else taken)
     parts = zip(*(torch.split(t, count) for t in taken), strict=True)
     return [(part[:-1], part[-1]) if labelled else (part, None) for part in parts]
 

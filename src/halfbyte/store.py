@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 import halfbyte.ops  # noqa: F401 - registers the operations that graphs name
 from halfbyte.affine import Grid
-from halfbyte.errors import StoreError
+from halfbyte.errors import FormatError, StoreError
 from halfbyte.formats import Format
 from halfbyte.model import LogEntry, Moments, QModel, Target
 
@@ -83,7 +83,7 @@ def load(folder: str | Path) -> QModel:
         raise StoreError(f"'{folder}' was written by another version of halfbyte: quantize again")
     try:
         return _restore(described, tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, FormatError) as error:
         raise StoreError(f"the checkpoint '{folder}' is damaged: {type(error).__name__} {error}") from error
 
 

@@ -17,7 +17,7 @@ from halfbyte.errors import DataError
 from halfbyte.graph import LAYERS, layers, twin_of
 from halfbyte.model import Inputs, QModel, value_name
 from halfbyte.ops import CLAMP_CHANNELS, Kind, kind
-from halfbyte.run import check_given, evaluate_plainly, laid_out, last_uses
+from halfbyte.run import check_finite, check_given, evaluate_plainly, laid_out, last_uses
 
 _aten = torch.ops.aten
 _IN_PLACE: dict[Any, Any] = {
@@ -103,7 +103,8 @@ def walk(
         if not batches:
             raise DataError("there are no data to work with")
         for batch in batches:
-            check_given(m, batch, finite=True)
+            check_given(m, batch)
+            check_finite(m, batch)
         reference.start(len(batches))
         stream.start(len(batches))
         segments = _segments(m)
