@@ -1,6 +1,7 @@
 """Scores, paired differences and signal-to-noise against numbers worked out by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,3 +51,25 @@ def test_signal_to_noise() -> None:
     assert set(found) >= {"input", "weight"}
     assert all(v > 25 for v in found.values())
     assert all(math.isinf(v) for v in signal_to_noise(m.as_float(), (torch.randn(8, 4),)).values())
+
+
+def test_targets_of_any_kind_from_a_function(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 5)).eval()\n"
+        "def pictures():\n"
+        "    return torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))\n"
+        "def maps(): return [(pictures(), build()(pictures()).detach())]\n"
+        "def classes(): return [(pictures(), build()(pictures()).argmax(1))]\n"
+        "def error(forward, data):\n"
+        "    return sum(float((forward(*x) - y).square().mean()) for x, y in data)\n"
+        "def right(forward, data):\n"
+        "    return sum(float((forward(*x).argmax(1) == y).float().mean()) for x, y in data)\n"
+    )
+    mine = f"{tmp_path / 'mine.py'}"
+    m = hb.quantize(f"{mine}:build", f"{mine}:pictures")
+    assert hb.evaluate(m, f"{mine}:maps", metric=f"{mine}:error").scores["error"]["float"] < 1e-9
+    assert hb.evaluate(m, f"{mine}:classes", metric=f"{mine}:right").scores["right"]["float"] == 1.0

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,13 @@ from halfbyte.calibrate import Progress, silent
 from halfbyte.data import Source, check_inputs
 from halfbyte.errors import DataError, HalfbyteError, UsageError
 from halfbyte.integer import predict, run_integer
-from halfbyte.loading import load_callable
+from halfbyte.loading import items, load_callable
 from halfbyte.lower import lower
 from halfbyte.model import Inputs, Outputs, QModel
 from halfbyte.output import Result, keep, opened
 from halfbyte.ports import input_codes
 from halfbyte.preprocess import Preprocess
-from halfbyte.run import expected_inputs, in_batches, run, simulate
+from halfbyte.run import expected_inputs, given_in_order, in_batches, run, simulate
 from halfbyte.scoring import open_data
 from halfbyte.shown import Shown, plain
 
@@ -154,13 +155,27 @@ def evaluate(
     m, exported, kept, described = opened(output)
     own = load_callable(metric) if isinstance(metric, str) else metric
     source: Any = data
-    if own is None or isinstance(data, str | PathLike):  # a metric of one's own may take data of any kind
+    if own is not None and isinstance(data, str) and not Path(data).exists():
+        source = _any_targets(m, data)
+    # A metric of one's own may take data of any kind.
+    if source is data and (own is None or isinstance(data, str | PathLike)):
         source = open_data(m, data, None, preprocess=preprocess or kept, limit=limit, batch=batch, classes=classes)
     ways = forwards(m, file or exported, threads=threads)
     checked = expected_inputs(m)
     found = _classification(ways, source, checked, progress) if own is None else _by_metric(ways, source, own, progress)
     keep(output, described, evaluation=found)
     return found
+
+
+def _any_targets(m: QModel, data: str) -> Any:
+    """Batches of (inputs, target) from a function, where the targets are no class indices; else the name, to be opened as such."""
+    found: list[Any] = list(items(load_callable(data), data))
+    if not all(isinstance(item, tuple | list) and len(item) == 2 for item in found):
+        return data
+    targets = [torch.as_tensor(y) for _, y in found if isinstance(y, Tensor | np.ndarray | list)]
+    if len(targets) == len(found) and not any(t.is_floating_point() or t.ndim != 1 for t in targets):
+        return data
+    return [(given_in_order(m, inputs), target) for inputs, target in found]
 
 
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:
