@@ -93,9 +93,9 @@ def check(
     """
     if max_drop is None and max_size is None and min_speedup is None:
         raise UsageError("there is no limit to check: give --max-drop, --max-size or --min-speedup")
-    for name, limit_ in (("max_drop", max_drop), ("min_speedup", min_speedup)):
-        if limit_ is not None and not 0 <= limit_ < math.inf:
-            raise UsageError(f"{name} is {limit_:g}: give a number that is not negative")
+    for name, asked in (("max_drop", max_drop), ("min_speedup", min_speedup)):
+        if asked is not None and not 0 <= asked < math.inf:
+            raise UsageError(f"{name} is {asked:g}: give a number that is not negative")
     size = None if max_size is None else parse_size(max_size)
     folder = folder_of(output, "limits are held by a result with its file")
     m, file, kept, described = open_output(folder)

@@ -156,7 +156,7 @@ def evaluate(
     own = load_callable(metric) if isinstance(metric, str) else metric
     source: Any = data
     if own is not None and isinstance(data, str) and not Path(data).exists():
-        source = _any_targets(m, data)
+        source = _any_targets(m, data, limit)
     # A metric of one's own may take data of any kind.
     if source is data and (own is None or isinstance(data, str | PathLike)):
         source = open_data(m, data, None, preprocess=preprocess or kept, limit=limit, batch=batch, classes=classes)
@@ -167,15 +167,23 @@ def evaluate(
     return found
 
 
-def _any_targets(m: QModel, data: str) -> Any:
+def _any_targets(m: QModel, data: str, limit: int | None) -> Any:
     """Batches of (inputs, target) from a function, where the targets are no class indices; else the name, to be opened as such."""
-    found: list[Any] = list(items(load_callable(data), data))
-    if not all(isinstance(item, tuple | list) and len(item) == 2 for item in found):
-        return data
-    targets = [torch.as_tensor(y) for _, y in found if isinstance(y, Tensor | np.ndarray | list)]
-    if len(targets) == len(found) and not any(t.is_floating_point() or t.ndim != 1 for t in targets):
-        return data
-    return [(given_in_order(m, inputs), target) for inputs, target in found]
+    found: list[tuple[Inputs, Any]] = []
+    samples = 0
+    for item in items(load_callable(data), data):
+        if not isinstance(item, tuple | list) or len(item) != 2 or (not found and _are_classes(item[1])):
+            return data
+        found.append((given_in_order(m, item[0]), item[1]))
+        samples += len(found[-1][0][0])
+        if samples >= (limit or math.inf):
+            break
+    return found
+
+
+def _are_classes(target: Any) -> bool:
+    y = torch.as_tensor(target) if isinstance(target, Tensor | np.ndarray | list) else None
+    return y is not None and y.ndim == 1 and not y.is_floating_point()
 
 
 def _by_metric(ways: Mapping[str, Forward], data: Any, metric: Metric, progress: Progress) -> Evaluation:
