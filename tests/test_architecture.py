@@ -12,12 +12,12 @@ PACKAGE = Path(halfbyte.__file__).parent
 # Lowest first. A module imports from lower layers and from rows before it in its own.
 LAYERS: dict[int, str] = {
     0: "shown errors formats affine",
-    1: "ops model graph chains run moments store effects products channels",
+    1: "ops model graph chains run moments store effects channels",
     2: "preprocess pictures loading opening batches data transforms.canonicalize transforms.fold_batchnorm transforms.equalize "
     "transforms.absorb_bias capture",
     3: "sessions engine targets overrides place",
     4: "stats grids transforms.rotate walk correct calibrate losses refine_ranges",
-    5: "second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics "
+    5: "products second_moments local reparam methods.adaround methods.adaquant corrections descent reconstruct tune_statistics "
     "refinement blocks tune dual parts transforms.split_tensor",
     6: "units costs proxies sensitivity budgets programme allocate",
     8: "prove lower sizes sums engine_openvino engines integer parity parity_openvino ports provenance "

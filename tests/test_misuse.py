@@ -158,7 +158,7 @@ class Plain:
     name, residual, unrounded, iterations = "plain", False, False, 100
 
     def solve(self, p: hb.Problem) -> hb.Solution:
-        p.weight.mul_(1.0)
+        p.weight.mul_(0.5)
         return hb.Solution(hb.fake_quantize(p.weight, p.grid), p.grid, p.bias)
 
 
@@ -188,7 +188,10 @@ def test_solutions_of_other_methods() -> None:
         hb.reconstruct(m, data, Method(lambda p: hb.Solution(p.weight[:1], p.grid, p.bias)))
     found = hb.reconstruct(m, data, Method(learned))
     assert all(not t.requires_grad for t in found.parameters.values())
+    hb.reconstruct(m, data, Method(learned, iterations=100), time_limit=60)  # timed first
+    before = captured().parameters
     assert hb.reconstruct(m, data, Plain(), time_limit=60).grids.keys() == m.grids.keys()
+    assert all(torch.equal(t, before[name]) for name, t in m.as_float().parameters.items())
 
 
 @pytest.mark.parametrize(

@@ -232,9 +232,7 @@ def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid
     weight = weight_of(p.layer)
     assert weight is not None
     before = p.loss(fake_quantize(m.parameters[str(weight.target)], p.grid), p.bias)
-    with torch.enable_grad():  # it may need gradients, and is not to change the network's own weights
-        found = solver.solve(replace(p, weight=p.weight.clone()))
-    found = replace(found, weight=found.weight.detach(), bias=None if found.bias is None else found.bias.detach())
+    found = _asked(solver, p)
     if not all(bool(torch.isfinite(t).all()) for t in (found.weight, found.grid.scale)):
         return _Solved(None, f"left as it is, for {solver.name} ended in NaN or infinity")
     _check_solution(p, solver.name, found)
@@ -250,6 +248,13 @@ def _solved(m: QModel, p: Problem, solver: LayerSolver, held_out: Callable[[Grid
     steps = ", ".join(f"{n} by {i}" for i, n in moved.items() if i != "0") or "none"
     note = f" ({found.note})" if found.note else ""
     return _Solved(found, f"{solver.name}{note}: {shown}; weights moved in steps: {steps}", figures)
+
+
+def _asked(solver: LayerSolver, p: Problem) -> Solution:
+    """What a solver finds, which may need gradients, and is not to change the network's own weights."""
+    with torch.enable_grad():
+        found = solver.solve(replace(p, weight=p.weight.clone()))
+    return replace(found, weight=found.weight.detach(), bias=None if found.bias is None else found.bias.detach())
 
 
 def _check_solution(p: Problem, method: str, s: Solution) -> None:
@@ -299,7 +304,7 @@ class _Clock:
         self.end = self.end or time.monotonic() + self.limit
         left = self.waiting[self.waiting.index(p.layer) :]
         start = time.perf_counter()
-        _with_iterations(self.solver, _PROBE).solve(p)
+        _asked(_with_iterations(self.solver, _PROBE), p)
         each = (time.perf_counter() - start) / _PROBE
         work = sum(map(effort, left)) / effort(p.layer)
         needed = each * work * self.solver.iterations

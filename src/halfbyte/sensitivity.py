@@ -146,8 +146,9 @@ def _portions(m: QModel, data: Iterable[Any], samples: int, *, labelled: bool) -
     count = fixed_batch(m) or min(_MOST, fitting(m, m.graph.nodes))
     joined = tuple(torch.cat(parts) for parts in zip(*every, strict=True))
     taken = tuple(t[: whole(m, min(samples, len(joined[0])))] for t in joined)
-    check_given(m, taken[:-1] if labelled else taken)
-    check_finite(m, taken[:-1] if labelled else taken)
+    inputs = taken[:-1] if labelled else taken
+    check_given(m, inputs)
+    check_finite(m, inputs)
     parts = zip(*(torch.split(t, count) for t in taken), strict=True)
     return [(part[:-1], part[-1]) if labelled else (part, None) for part in parts]
 

@@ -234,54 +234,51 @@ def spatial_mean(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: li
             _rewrite(graph, node, GLOBAL_AVERAGE_POOL, (source,))
             return True
         return False
-    if (
-        name != "mean"
-        or len(shape) < 3
-        or argument(node, 1, "dim", None) is None
-        or node.kwargs.get("dtype") is not None
-    ):
+    if name != "mean" or node.kwargs.get("dtype") is not None or not _over_positions(node, shape):
         return False
-    dims = sorted(d % len(shape) for d in _integers(node.args[1], 1))
-    if dims != list(range(2, len(shape))):
+    _pooled(graph, node, node, GLOBAL_AVERAGE_POOL, (source,))
+    return True
+
+
+def _over_positions(node: fx.Node, shape: tuple[Any, ...]) -> bool:
+    """Whether a reduction of a value of this shape is over all its spatial dimensions, and over no other."""
+    dims = argument(node, 1, "dim", None)
+    if len(shape) < 3 or not isinstance(dims, int | list | tuple):
         return False
-    if argument(node, 2, "keepdim", False):
-        _rewrite(graph, node, GLOBAL_AVERAGE_POOL, (source,))
-        return True
+    return sorted(d % len(shape) for d in _integers(dims, 1)) == list(range(2, len(shape)))
+
+
+def _pooled(graph: fx.Graph, node: fx.Node, reduction: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Put a pooling over all positions in the place of a value that a reduction gives, in the same shape."""
+    if argument(reduction, 2, "keepdim", False):
+        _rewrite(graph, node, target, args)
+        return
+    shape = args[0].meta["shape"]
     with graph.inserting_before(node):
-        pooled = graph.create_node("call_function", GLOBAL_AVERAGE_POOL, (source,))
+        pooled = graph.create_node("call_function", target, args)
     pooled.meta = {**node.meta, "value": node.meta["value"] + ".pool", "shape": (*shape[:2], *[1] * (len(shape) - 2))}
     _rewrite(graph, node, aten.flatten.using_ints, (pooled, 1))
-    return True
 
 
 def spatial_maximum(graph: fx.Graph, node: fx.Node, params: dict[str, Any], log: list[LogEntry]) -> bool:
     """The maximum over all spatial dimensions -> a maximum over one window, which moves codes as they are."""
-    reduced = node
+    reduction: Any = node
     if node.target is operator.getitem and node.args[1] == 0 and base_name(node.args[0]) == "max":  # type: ignore[arg-type]
-        reduced = node.args[0]  # type: ignore[assignment]
+        reduction = node.args[0]
     elif base_name(node) != "amax":
         return False
-    source, dims = (reduced.args[0] if reduced.args else None), argument(reduced, 1, "dim", ())
+    source = reduction.args[0] if reduction.args else None
     if not isinstance(source, fx.Node) or not is_tensor(source) or not is_real(source):
         return False
     shape = source.meta["shape"]
-    spatial, rank = shape[2:], len(shape) - 2
+    window = list(shape[2:])
     if (
-        not 1 <= rank <= len(_MAXIMA)
-        or not all(isinstance(s, int) for s in spatial)
-        or not isinstance(dims, int | list | tuple)
+        not _over_positions(reduction, shape)
+        or len(window) > len(_MAXIMA)
+        or not all(isinstance(d, int) for d in window)
     ):
         return False
-    if sorted(d % len(shape) for d in _integers(dims, 1)) != list(range(2, len(shape))):
-        return False
-    pool, windows = _MAXIMA[rank - 1], (list(spatial), list(spatial))
-    if argument(reduced, 2, "keepdim", False):
-        _rewrite(graph, node, pool, (source, *windows))
-        return True
-    with graph.inserting_before(node):
-        pooled = graph.create_node("call_function", pool, (source, *windows))
-    pooled.meta = {**node.meta, "value": node.meta["value"] + ".pool", "shape": (*shape[:2], *[1] * rank)}
-    _rewrite(graph, node, aten.flatten.using_ints, (pooled, 1))
+    _pooled(graph, node, reduction, _MAXIMA[len(window) - 1], (source, window, window))
     return True
 
 
